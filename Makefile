@@ -1,0 +1,60 @@
+# Everything runs in .venv, made by any Python >= 3.11 that has its venv module; uv, from PyPI, fills it.
+#
+#   make run ARGS="--help"               the daemon
+#   make test                            lint, types and every test; make test ARGS="tests/unit -k regulator" for some
+#   make run PYTHON=python3.12           with another Python
+#   UV_TORCH_BACKEND=cpu make run        torch without CUDA, 200 MB in place of 3 GB
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+# --python: else uv fills whichever environment happens to be activated.
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
+
+.PHONY: help run test lint bench bench-detect clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+run: .venv/.installed
+	$(BIN)/homeostat run $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-detect: .venv/.installed-dev
+	$(BIN)/python -m tests.benchmarks.detect $(ARGS)
+
+# The stamps go too, so that the next call installs what is missing; .venv stays, rm -rf it for a fresh one.
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f .venv/.installed .venv/.installed-dev
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/uv
+	$(INSTALL) .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/uv
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(BIN)/uv: | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo >&2 '$(PYTHON) is missing or older than 3.11: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo >&2 '$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)'; exit 1; }
+	$(PYTHON) -m venv .venv
