@@ -1,0 +1,1 @@
+"""What the methods share: base class, registry, normalisation layers, optimisers."""

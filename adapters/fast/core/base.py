@@ -1,0 +1,195 @@
+"""The contract of every test-time adapter, and what is the same for all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from adapters.fast.core.rows import finite_rows, spread
+from adapters.fast.core.share import share
+from adapters.features import FeatureTap, find_head
+from adapters.reference import Reference
+
+
+class FastAdapter(ABC):
+    """A model that adapts itself to the inputs it is given, at a gain between 0 (frozen) and 1 (all of the method).
+
+    The given model is never changed and stays usable as the frozen twin: the adapter works on a copy of its structure
+    over the same tensors, in eval mode, and owns only the tensors that the method moves. Gain 0 is the frozen model
+    to the bit.
+
+    A row holding a value that is not finite gets an output row of NaN and touches nothing else; a batch without
+    usable rows changes no state. Shapes: x is (B, *input_shape), outputs are (B, K).
+
+    A method implements `_setup`, `_predict` and, if it has a state, `_adapt`, `_state`, `_load`.
+    """
+
+    name: ClassVar[str]
+    """Set by ``register``."""
+    outputs: ClassVar[Literal["logits", "probs"]] = "logits"
+    """What the returned rows are; of a regression model "logits" are its plain outputs."""
+    backward: ClassVar[bool] = False
+    """Whether `forward` runs a backward pass."""
+
+    class Options(BaseModel):
+        """Settings of the method, under their names in the paper."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        head: str | None = None
+        """Layer whose input are the features; by default the last ``nn.Linear`` in definition order."""
+
+    options: Options
+
+    def __init__(self, model: nn.Module, reference: Reference | None = None, **options: Any) -> None:
+        """Build around ``model``; ValueError when an option is wrong or `check` refuses the model."""
+        self.options = self._parse(options)
+        if problem := self.check(model, reference):
+            raise ValueError(f"{self.name} can't serve this model: {problem}")
+        self.reference = reference
+        self._gain = 1.0
+        self._finite: Tensor | None = None
+        self._output_shape: torch.Size | None = None
+        with torch.inference_mode(False):  # what the adapter owns must stay usable by autograd
+            self.model = share(model)
+            head = self.options.head or find_head(self.model)
+            self._tap = FeatureTap(self.model, head) if head else None
+            self._setup()
+            self._initial = self._state()
+
+    @classmethod
+    def _parse(cls, options: dict[str, Any]) -> Options:
+        try:
+            return cls.Options(**options)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()]
+            known = ", ".join(cls.Options.model_fields)
+            raise ValueError(f"{cls.name}: {'; '.join(problems)}. Its options are: {known}") from None
+
+    @classmethod
+    def check(cls, model: nn.Module, reference: Reference | None = None) -> str | None:
+        """Say why the method can't serve ``model`` and what to use instead; None when it can."""
+        return None
+
+    def __call__(self, x: Tensor, check_finite: bool = True) -> Tensor:
+        """Same as `forward`."""
+        return self.forward(x, check_finite)
+
+    def forward(self, x: Tensor, check_finite: bool = True) -> Tensor:
+        """Predict with the state before this batch, then adapt to it. Returns (B, K) outputs, not for autograd.
+
+        ``check_finite=False`` says that every value of ``x`` is known to be finite; nothing then waits for the device.
+        """
+        return self._run(x, check_finite, adapt=True)
+
+    def predict(self, x: Tensor, check_finite: bool = True) -> Tensor:
+        """Return what `forward` would return now, in inference mode and without a change of state.
+
+        Where `backward` is true, equal up to rounding: torch may choose other kernels when no gradient is wanted.
+        """
+        return self._run(x, check_finite, adapt=False)
+
+    @property
+    def features(self) -> Tensor | None:
+        """(B, D) penultimate features of the last call, detached, NaN for rows not used; None without a linear head."""
+        features = self._tap.features if self._tap else None
+        if features is None or self._finite is None:
+            return features
+        return spread(features, self._finite)
+
+    @property
+    def gain(self) -> float:
+        """Share of the method's effect in use, in [0, 1]. ValueError when set outside."""
+        return self._gain
+
+    @gain.setter
+    def gain(self, value: float) -> None:
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"gain must be in [0, 1], got {value}")
+        self._gain = float(value)
+        self._gain_changed()
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the method has no more authority to give."""
+        return self._gain >= 1.0
+
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Forget all that was learnt: the state is that of construction, to the bit, optimiser included.
+
+        The gain is a setting, not something learnt, and stays. ``slots`` names the states to reset; there is one, 0.
+        """
+        if slots is not None and set(slots) - {0}:
+            raise ValueError(f"{self.name} keeps one state, slot 0; can't reset slots {sorted(slots)}")
+        if slots is None or len(slots):
+            self._load(self._initial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all that changes, as nested dicts and lists of numbers, strings and tensors."""
+        return {"method": self.name, "gain": self._gain, "state": self._state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state`` exactly; ValueError, with this adapter unchanged, when it belongs to another one."""
+        if state.get("method") != self.name:
+            raise ValueError(f"a state of {state.get('method')!r} can't be loaded into {self.name!r}")
+        before = self._state()
+        try:
+            self._load(state["state"])
+            self.gain = state["gain"]
+        except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+            self._load(before)
+            raise ValueError(f"this state does not fit {self.name!r} around this model: {error!r}") from error
+
+    def _run(self, x: Tensor, check_finite: bool, *, adapt: bool) -> Tensor:
+        finite = finite_rows(x) if check_finite and len(x) else None
+        rows = x if finite is None else x[finite]
+        self._finite = finite
+        if not len(rows):
+            return self._unanswered(x)
+        if adapt and self.backward and self._gain > 0:
+            outputs = self._adapt(rows)
+        else:
+            with torch.inference_mode():
+                outputs = self._adapt(rows) if adapt and not self.backward else self._predict(rows)
+        self._output_shape = outputs.shape[1:]
+        return outputs if finite is None else spread(outputs, finite)
+
+    def _unanswered(self, x: Tensor) -> Tensor:
+        """Return NaN for every row; what a row looks like is learnt from one of zeros if need be."""
+        with torch.inference_mode():
+            if self._output_shape is None:
+                self._output_shape = self._predict(x.new_zeros((1, *x.shape[1:]))).shape[1:]
+            if self._tap and self._tap.latest is not None:
+                self._tap.latest = self._tap.latest[:0]
+            return torch.full((len(x), *self._output_shape), torch.nan, device=x.device)
+
+    @abstractmethod
+    def _setup(self) -> None:
+        """Prepare ``self.model``: replace layers, clone what moves."""
+
+    def _predict(self, x: Tensor) -> Tensor:
+        """Outputs for (B, *input_shape) finite rows, B > 0, with the present state, which stays as it is."""
+        outputs: Tensor = self.model(x)
+        return outputs
+
+    def _adapt(self, x: Tensor) -> Tensor:
+        """Outputs as by `_predict`, then the method's update. In inference mode, but for methods with `backward`.
+
+        Those are called at a gain above 0 only: at 0 their step would be zero.
+        """
+        return self._predict(x)
+
+    def _gain_changed(self) -> None:  # noqa: B027, some look at the gain when they predict
+        """React to a new ``self.gain``."""
+
+    def _state(self) -> dict[str, Any]:
+        """Return copies of all that `_adapt` changes."""
+        return {}
+
+    def _load(self, state: dict[str, Any]) -> None:  # noqa: B027, a method without a state has nothing to restore
+        """Restore what `_state` gave."""

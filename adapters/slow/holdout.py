@@ -1,0 +1,114 @@
+"""The held-back rows that a gate judges on, rotated into training; it counts how often they were looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from adapters.slow.rows import Rows, Screen
+
+
+class Holdout:
+    """The newest ``capacity_rows`` labelled rows; a row is trained on only after it has left.
+
+    Each look of a gate spends some of the rows' value as evidence: candidates that follow a rejected one are picked
+    with knowledge of the rows. ``queries`` is the number of looks that any row present has gone through, which is
+    that of the oldest one; it falls as looked-at rows rotate out and is 0 after a full rotation without a look. At
+    ``max_queries`` the set is stale until enough fresh rows have come. Idea: Dwork et al., "The reusable holdout",
+    Science 2015.
+
+    Args:
+        input_shape: shape of one input.
+        capacity_rows: rows held back.
+        classes: number of classes; None for regression.
+        max_queries: looks after which the set is stale.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], capacity_rows: int, *, classes: int | None, max_queries: int = 8
+    ) -> None:
+        if capacity_rows < 1 or max_queries < 1:
+            raise ValueError(f"capacity_rows is {capacity_rows}, max_queries {max_queries}; both must be 1 or more")
+        self._screen = Screen(input_shape, classes)
+        self.capacity_rows = capacity_rows
+        self.max_queries = max_queries
+        self.dropped = 0
+        """Rows refused so far: not finite, or a label that is not a class."""
+        self._looks = 0
+        self._rows = self._screen.empty(0)
+        self._looks_before = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        """Rows held back now."""
+        return len(self._rows.y)
+
+    def add(self, x: ArrayLike, y: ArrayLike, segment: ArrayLike = 0) -> Rows:
+        """Hold back new rows, oldest first.
+
+        Args:
+            x: (n, *input_shape).
+            y: (n,) classes or targets.
+            segment: one stratum for all rows, or (n,); it leaves with the row.
+
+        Returns:
+            Rows: those that leave, oldest first, for ``Replay.add(*rows)``. Unusable rows are in neither set, but
+            counted in ``dropped``.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        new = self._screen(x, y, segment)
+        self.dropped += len(np.asarray(y)) - len(new.y)
+        joined = Rows(*(np.concatenate(pair) for pair in zip(self._rows, new, strict=True)))
+        looks = np.concatenate((self._looks_before, np.full(len(new.y), self._looks, np.int64)))
+        leaving = max(0, len(joined.y) - self.capacity_rows)
+        # Copied, so that the rows kept do not hold on to the memory of all that were ever joined to them.
+        self._rows = Rows(*(column[leaving:].copy() for column in joined))
+        self._looks_before = looks[leaving:].copy()
+        return Rows(*(column[:leaving] for column in joined))
+
+    def rows(self) -> Rows:
+        """Copies of the rows held back, oldest first."""
+        return Rows(*(column.copy() for column in self._rows))
+
+    @property
+    def queries(self) -> int:
+        """Looks that the oldest row present has gone through."""
+        return self._looks - int(self._looks_before[0]) if len(self) else 0
+
+    @property
+    def stale(self) -> bool:
+        """Whether a gate must not look again before fresh rows have come."""
+        return self.queries >= self.max_queries
+
+    def look(self) -> int:
+        """Count a gate's look; its number from 1, for ``judge(query=...)``. A refused look at a stale set is free."""
+        number = self.queries + 1
+        if not self.stale:
+            self._looks += 1
+        return number
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the rows and the looks that each has gone through."""
+        return {**self.rows()._asdict(), "looks": self._looks, "looks_before": self._looks_before.copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: the state holds more rows than the capacity, or inputs of another shape.
+        """
+        x = state["x"]
+        if len(x) > self.capacity_rows or x.shape[1:] != self._screen.input_shape:
+            raise ValueError(
+                f"the saved held-back rows have shape {x.shape}, this set takes {self.capacity_rows} of "
+                f"{self._screen.input_shape}; start it empty"
+            )
+        self._rows = Rows(*(np.array(state[name]) for name in Rows._fields))
+        self._looks = state["looks"]
+        self._looks_before = np.array(state["looks_before"])
