@@ -1,0 +1,148 @@
+"""Carries out what the regulator decides: gain, reset, bursts, promotion, rollback; one log line per decision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import structlog
+
+from daemon.learner import Learner
+from daemon.monitor import Monitor
+from daemon.regulator import Decision, Reading, RegulatorLimits, State
+from daemon.resident import Resident
+from daemon.tally import Tally
+from daemon.telemetry import Telemetry
+
+log = structlog.get_logger("homeostat.regulator")
+
+Event = Literal["idle", "busy", "promoted", "rejected", "failed"]
+
+
+class Actions:
+    """The hands of the controller."""
+
+    def __init__(
+        self,
+        resident: Resident,
+        monitor: Monitor,
+        learner: Learner,
+        telemetry: Telemetry,
+        tally: Tally,
+        limits: RegulatorLimits,
+    ) -> None:
+        self.resident = resident
+        self.monitor = monitor
+        self.learner = learner
+        self._telemetry = telemetry
+        self._tally = tally
+        self._limits = limits
+        self._state = State.STEADY
+        self.trip: str | None = None
+        """The guard's reason, for the next reading."""
+        self.version_harm = False
+        """The promoted version must go: it is shown to be worse than the frozen model, or not finite."""
+        self.trusted = False
+        """Whether the fast adaptation is served; else it runs in shadow."""
+
+    def learn(self) -> Event:
+        """Start or finish a burst; a promoted candidate is served from the next batch on."""
+        if self.learner.wanted and not self.monitor.labels_come():
+            self.learner.cancel()
+            self._telemetry.bursts["cancelled"].inc()
+            log.info("burst without a version", result="cancelled", reason="no labels to learn from")
+            return "rejected"
+        outcome = self.learner.step(self.resident.version_model, self.resident.current.number)
+        if outcome is None:
+            return "busy" if self.learner.busy else "idle"
+        self._telemetry.bursts[outcome.result].inc()
+        self._telemetry.slow_seconds.observe(outcome.seconds)
+        record = {**outcome.record, "reason": outcome.reason, "seconds": round(outcome.seconds, 3)}
+        if outcome.result == "promoted":
+            version = self.resident.promote(outcome.delta, record)
+            self.monitor.forget_version()
+            self._tally.versions = version.number
+            log.info("version promoted", version=version.number, **record)
+            return "promoted"
+        log.info("burst without a version", result=outcome.result, **record)
+        return "failed" if outcome.result == "failed" else "rejected"
+
+    def weigh(self) -> None:
+        """What the evidence says of the layers: serve the fast one, take it away, withdraw a version."""
+        verdict = self.monitor.fast_guard.verdict()
+        if verdict is not None and self.trusted and verdict != "harm":
+            self.trip = self.trip or verdict
+        elif verdict is not None:
+            # Labels showed it: back into the shadow, from nothing, until labels show the opposite. That is its
+            # cool-down; the slow loop goes on. What never answered a record did no harm and isn't counted as a trip.
+            if self.trusted:
+                self._count_trip(verdict)
+                self.monitor.raise_bar()
+            log.info("fast adaptation reset", reason=verdict, served=self.trusted)
+            self.resident.reset_fast()
+            self.monitor.forget_fast()
+        self.version_harm |= self.monitor.slow_guard.verdict() is not None
+        trusted = self.monitor.trusted()
+        if trusted != self.trusted:
+            log.info(
+                "fast adaptation served" if trusted else "fast adaptation in shadow", gain=self.resident.adapter.gain
+            )
+            self.monitor.forget_served()
+        self.trusted = trusted
+
+    def take_trip(self) -> str | None:
+        """The reason to fall back now, once; takes a harmful version out of service."""
+        trip, self.trip = self.trip, None
+        if self.version_harm:
+            self.version_harm = False
+            trip = "version_harm"
+            removed = self.resident.current.number
+            self.resident.rollback()
+            self.monitor.forget_version()
+            log.error("version withdrawn: worse than the frozen model", version=removed)
+        if trip is not None:
+            self._count_trip(trip)
+        return trip
+
+    def _count_trip(self, reason: str) -> None:
+        self._telemetry.trips[reason].inc()
+        self._tally.guard_trips += 1
+
+    def apply(self, decision: Decision, reading: Reading, source: str) -> bool:
+        """Act on a decision; returns whether the next batch adapts."""
+        if reading.drift and self._state is State.STEADY:
+            for name in self.monitor.alarms:
+                self._telemetry.drifts[name].inc()
+            self._tally.drifts += 1
+            log.info("drift", signals=self.monitor.alarms, value=round(reading.value, 3))
+        if decision.cancel_slow:
+            self.learner.cancel()
+        if decision.reset_fast:
+            self.resident.reset_fast()
+            self.monitor.forget_fast()
+        self.resident.set_gain(decision.gain)
+        if decision.ask_slow:
+            self.learner.ask()
+        if decision.rebaseline:
+            self.monitor.rebaseline(self._limits.settle_rows)
+        if decision.changed or decision.reasons:
+            log.info(
+                "decision",
+                state=decision.state.value,
+                before=self._state.value,
+                gain=round(decision.gain, 4),
+                value=round(reading.value, 3),
+                source=source,
+                trip=reading.trip,
+                learner=reading.learner,
+                version=self.resident.current.number,
+                reasons=list(decision.reasons),
+            )
+        self._state = decision.state
+        self._telemetry.enter(decision.state)
+        return decision.adapt
+
+    def resume(self, state: State) -> None:
+        """Go on in ``state`` after a restart."""
+        self.trusted = self.monitor.trusted()
+        self._state = state
+        self._telemetry.enter(state)

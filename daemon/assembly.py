@@ -1,0 +1,255 @@
+"""Puts a worker together from its settings: bundle, model, streams, controller, memories."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from daemon.actions import Actions
+from daemon.bundle import Bundle, open_bundle
+from daemon.errors import SettingsError
+from daemon.labels import LabelJoin
+from daemon.learner import Learner
+from daemon.loop import Loop
+from daemon.monitor import Monitor
+from daemon.regulator import Regulator
+from daemon.resident import Resident, choose_device
+from daemon.settings import Settings
+from daemon.signals import Meter
+from daemon.streams import open_labels, open_sink, open_source
+from daemon.streams.base import LabelSource, Sink, Source
+from daemon.streams.codecs import codec
+from daemon.tally import Tally
+from daemon.telemetry import Telemetry
+
+log = structlog.get_logger("homeostat")
+
+
+@dataclass
+class Worker:
+    """Everything that one process runs."""
+
+    settings: Settings
+    bundle: Bundle
+    source: Source
+    sink: Sink
+    labels: LabelSource | None
+    loop: Loop
+    telemetry: Telemetry
+    config_hash: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state that a checkpoint holds."""
+        loop = self.loop
+        return {
+            "resident": loop.resident.state_dict(),
+            "monitor": loop.monitor.state_dict(),
+            "regulator": loop.regulator.state_dict(),
+            "adapt": loop.adapt,
+            "join": None if loop.join is None else loop.join.state_dict(),
+            "learner": loop.actions.learner.state_dict(),
+            "tally": loop.tally.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the checkpoint was taken."""
+        loop = self.loop
+        loop.resident.load_state_dict(state["resident"])
+        loop.monitor.load_state_dict(state["monitor"])
+        loop.regulator.load_state_dict(state["regulator"])
+        loop.adapt = bool(state["adapt"])
+        if loop.join is not None and state["join"] is not None:
+            loop.join.load_state_dict(state["join"])
+        loop.actions.learner.load_state_dict(state["learner"])
+        loop.tally.load_state_dict(state["tally"])
+        loop.actions.resume(loop.regulator.state)
+
+
+def is_simulated(settings: Settings) -> bool:
+    """Whether the stream is the embedded one."""
+    return settings.source.startswith("sim:")
+
+
+def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Bundle:
+    """The bundle that the settings name; the simulator's own is packed when it is first needed.
+
+    Raises:
+        BundleError, SettingsError: naming the variable and what is wrong.
+    """
+    if settings.bundle is not None:
+        return open_bundle(settings.bundle, settings.factory, settings.app_dir)
+    if not is_simulated(settings):
+        raise SettingsError(
+            [f"HOMEOSTAT_BUNDLE is empty: HOMEOSTAT_SOURCE={settings.source} needs a folder made by `homeostat pack`"]
+        )
+    from daemon.streams.simbundle import ensure_bundle
+
+    return open_bundle(ensure_bundle(settings.state_dir, settings.source, settings.detect.name, progress))
+
+
+def dead_letters_url(settings: Settings) -> str:
+    """Beside the source where that is Kafka, else a file."""
+    if settings.dead_letters:
+        return settings.dead_letters
+    if settings.source.startswith("kafka:"):
+        return settings.source.rstrip("/") + ".dead-letters"
+    return "null:" if is_simulated(settings) else f"file:{settings.state_dir / 'dead-letters.jsonl'}"
+
+
+def open_label_stream(settings: Settings) -> LabelSource | None:
+    """The label stream that the settings name; the simulator's own when they name none."""
+    if settings.labels:
+        return open_labels(settings.labels, kafka=settings.kafka)
+    return open_labels(settings.source, variable="HOMEOSTAT_SOURCE") if is_simulated(settings) else None
+
+
+def _config_hash(settings: Settings, bundle: Bundle) -> str:
+    """What state depends on: another bundle or another method can't go on from the old state."""
+    parts = {
+        "bundle": bundle.hash,
+        "fast": settings.fast.model_dump(mode="json"),
+        "detect": settings.detect.name,
+        "slow": settings.slow.model_dump(mode="json", include={"name", "memory_rows", "holdout_rows"}),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _advice(variable: str, value: str, error: Exception) -> SettingsError:
+    return SettingsError([f"{variable}={value}: {error}"])
+
+
+def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Worker:
+    """Open the bundle and build the worker; streams are made but not opened.
+
+    Raises:
+        HomeostatError: naming the variable or file and what is wrong.
+    """
+    torch.set_num_threads(settings.threads)
+    bundle = load_bundle(settings, progress)
+    manifest = bundle.manifest
+    task, shape = manifest.task, tuple(manifest.input_shape)
+    try:
+        device = choose_device(settings.device)
+    except (ValueError, RuntimeError) as error:
+        raise _advice("HOMEOSTAT_DEVICE", settings.device, error) from None
+    reference = bundle.reference.to(device)
+    meter = Meter(task, reference, keep_probabilities=settings.probabilities)
+    try:
+        resident = Resident(
+            bundle.model,
+            meter,
+            task=task,
+            reference=reference,
+            fast_name=settings.fast.name,
+            fast_options=settings.fast.options(),
+            device=device,
+            twin_share=settings.twin_share,
+            ring=settings.versions,
+            autocast=settings.autocast,
+            head=manifest.head,
+        )
+    except (ValueError, KeyError) as error:
+        raise _advice("HOMEOSTAT_FAST", settings.fast.name, error) from None
+    prior = reference.class_prior
+    try:
+        monitor = Monitor(
+            task,
+            meter.names,
+            bundle.calibration,
+            guard=settings.guard,
+            detector=settings.detect.name,
+            prior=None if prior is None else prior.cpu().numpy(),
+        )
+    except (ValueError, KeyError) as error:
+        raise _advice("HOMEOSTAT_DETECT", settings.detect.name, error) from None
+    has_labels = bool(settings.labels) or is_simulated(settings) or settings.codec != "raw"
+    classes = manifest.outputs if task == "classification" else None
+    try:
+        learner = Learner(settings.slow, reference, task=task, classes=classes, input_shape=shape)
+        problem = learner.check(resident.frozen) if settings.slow.enabled else None
+    except (ValueError, KeyError) as error:
+        raise _advice("HOMEOSTAT_SLOW", settings.slow.name, error) from None
+    if problem:
+        raise SettingsError([f"HOMEOSTAT_SLOW={settings.slow.name}: {problem}"])
+    limits = settings.regulator
+    if not settings.slow.enabled or not has_labels:
+        limits = _without_slow(limits)
+    regulator = Regulator(limits)
+    telemetry = Telemetry(monitor.signal_names(), list(monitor.detectors))
+    tally = Tally(outputs=classes or 0)
+    labels = open_label_stream(settings)
+    decoder = codec(settings.codec, shape)
+    loop = Loop(
+        task=task,
+        codec=decoder,
+        sink=open_sink(settings.sink, dead_letters_url=dead_letters_url(settings), kafka=settings.kafka),
+        labels=labels,
+        resident=resident,
+        monitor=monitor,
+        regulator=regulator,
+        join=LabelJoin(shape, settings.label_window, settings.label_window_bytes) if has_labels else None,
+        actions=Actions(resident, monitor, learner, telemetry, tally, limits),
+        telemetry=telemetry,
+        tally=tally,
+        live_times=settings.source.startswith("kafka:"),
+        probabilities=settings.probabilities,
+    )
+    telemetry.build.info(
+        {
+            "version": telemetry.product_version,
+            "bundle": bundle.hash,
+            "fast": settings.fast.name,
+            "slow": settings.slow.name if settings.slow.enabled else "off",
+            "device": str(device),
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+        }
+    )
+    log.info(
+        "assembled",
+        bundle=str(bundle.path),
+        task=task,
+        device=str(device),
+        fast=settings.fast.name,
+        slow=settings.slow.name if limits.slow_enabled else "off",
+        dead_letters=dead_letters_url(settings),
+    )
+    source = open_source(settings.source, decoder, kafka=settings.kafka)
+    return Worker(settings, bundle, source, loop.sink, labels, loop, telemetry, _config_hash(settings, bundle))
+
+
+def _without_slow(limits: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(limits, slow_enabled=False)
+
+
+def warm_up(worker: Worker) -> None:
+    """Run the first, slow passes before the first record comes; state is put back to exactly what it was."""
+    resident = worker.loop.resident
+    shape = tuple(worker.bundle.manifest.input_shape)
+    exemplars = worker.bundle.reference.exemplars_x[:8].cpu().numpy()
+    if exemplars.shape[1:] != shape:
+        raise SettingsError([f"{worker.bundle.path}: exemplars of shape {exemplars.shape[1:]}, inputs of {shape}"])
+    before = resident.state_dict()
+    resident.set_gain(1.0)
+    resident.predict(exemplars, adapt=True, serve=True)
+    resident.load_state_dict(before)
+    resident.predict(exemplars, adapt=False, serve=True)
+    resident.load_state_dict(before)
+
+
+def checkpoint_folder(settings: Settings) -> Path | None:
+    """Where snapshots go; None when there are none."""
+    folder = settings.checkpoint.dir
+    if folder is not None:
+        return None if str(folder) == "off" else folder
+    return None if is_simulated(settings) else settings.state_dir / "checkpoints"

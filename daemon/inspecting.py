@@ -1,0 +1,108 @@
+"""`homeostat inspect`: what a bundle or a checkpoint holds, in words or as JSON with a digest of every part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from daemon import checkpoint
+from daemon.bundle import read_manifest
+from daemon.errors import BundleError, CheckpointError
+
+
+def inspect(path: Path, *, as_json: bool = False) -> int:
+    """Print it; returns 0.
+
+    Raises:
+        HomeostatError: when ``path`` is neither, or damaged.
+    """
+    if (path / "manifest.json").is_file():
+        content: dict[str, Any] = {"bundle": str(path), **asdict(read_manifest(path))}
+        try:
+            content["calibration"] = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path / 'calibration.json'}: unreadable: {error}") from None
+    else:
+        content = describe(_snapshot(path))
+    if as_json:
+        print(json.dumps(content, indent=1, default=str))
+    else:
+        _print(content, 0)
+    return 0
+
+
+def _snapshot(path: Path) -> checkpoint.Snapshot:
+    if path.is_dir():
+        files = sorted(path.glob("checkpoint-*.bin"))
+        if not files:
+            raise CheckpointError(f"{path}: neither a bundle nor a folder of checkpoints")
+        path = files[-1]
+    return checkpoint.read(path)
+
+
+def describe(snapshot: checkpoint.Snapshot) -> dict[str, Any]:
+    """A checkpoint in plain values: offsets, counts, versions with their records, and digests of the parts."""
+    state = snapshot.state
+    resident = state["resident"]
+    return {
+        "checkpoint": str(snapshot.path),
+        "sequence": snapshot.sequence,
+        "checkpoint_id": snapshot.checkpoint_id,
+        "positions": snapshot.positions,
+        "label_positions": snapshot.label_positions,
+        "state": state["regulator"]["state"],
+        "gain": resident["gain"],
+        "version": resident["current"]["number"],
+        "versions": [{"number": item["number"], **item["record"]} for item in [*resident["ring"], resident["current"]]],
+        "tally": state["tally"],
+        "digests": {name: digest(part) for name, part in state.items()},
+    }
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over a state tree, arrays and tensors by their bytes: equal digests are equal states, to the bit.
+
+    Entries named ``seconds`` are left out: what the wall clock measured is equal in no two runs.
+    """
+    result = hashlib.sha256()
+    _feed(value, result)
+    return result.hexdigest()[:16]
+
+
+def _feed(value: Any, result: Any) -> None:
+    if isinstance(value, dict):
+        for name in sorted(value.keys() - {"seconds"}):
+            result.update(name.encode() + b"\0")
+            _feed(value[name], result)
+    elif isinstance(value, (list, tuple)):
+        result.update(f"[{len(value)}".encode())
+        for item in value:
+            _feed(item, result)
+    elif isinstance(value, np.ndarray):
+        result.update(f"{value.dtype.str}{value.shape}".encode() + value.tobytes())
+    elif hasattr(value, "detach"):
+        from torch import uint8
+
+        plain = value.detach().cpu().contiguous()
+        result.update(f"{plain.dtype}{tuple(plain.shape)}".encode() + plain.reshape(-1).view(uint8).numpy().tobytes())
+    else:
+        result.update(repr(value).encode() + b"\1")
+
+
+def _print(value: Any, depth: int) -> None:
+    indent = "  " * depth
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            print(f"{indent}{name}:")
+            _print(item, depth + 1)
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            print(f"{indent}{name}:")
+            for entry in item:
+                print(f"{indent}  - " + ", ".join(f"{key}={shown}" for key, shown in entry.items()))
+        else:
+            print(f"{indent}{name}: {item}")

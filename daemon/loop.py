@@ -1,0 +1,244 @@
+"""The hot path: one batch from the source to the sink, then what it taught us.
+
+    raw → decode → predict (then adapt) → guard → answer → labels → reading → regulator → act
+
+An answer never depends on its own label, and is scored as it was emitted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from daemon.actions import Actions
+from daemon.labels import FACTS, Joined, LabelJoin
+from daemon.monitor import Monitor
+from daemon.records import Batch, Labels, Positions, RawBatch
+from daemon.regulator import Reading, Regulator
+from daemon.resident import Predicted, Resident
+from daemon.signals import Rows
+from daemon.streams.base import LabelSource, Sink
+from daemon.streams.codecs import Codec, encode_invalid, encode_predictions
+from daemon.tally import Tally
+from daemon.telemetry import MODEL_NOT_FINITE, Telemetry
+
+log = structlog.get_logger("homeostat.loop")
+
+LABEL_WAIT_S = 1.0
+"""Longest wait for labels that are due and on the broker but not fetched yet."""
+
+
+@dataclass
+class Loop:
+    """One worker's path from record to answer, with everything that it changes."""
+
+    task: str
+    codec: Codec
+    sink: Sink
+    labels: LabelSource | None
+    resident: Resident
+    monitor: Monitor
+    regulator: Regulator
+    join: LabelJoin | None
+    actions: Actions
+    telemetry: Telemetry
+    tally: Tally
+    live_times: bool = False
+    probabilities: bool = False
+    adapt: bool = False
+    positions: Positions = field(default_factory=dict)
+    """Next offset per partition: everything before it is answered (durably only after a flush)."""
+    emit_from: Positions = field(default_factory=dict)
+    """Offsets from which on records are answered; earlier ones were answered before a restart."""
+
+    def process(self, raw: RawBatch) -> None:
+        """Answer one raw batch and learn from it."""
+        started = time.monotonic()
+        batch = raw.batch if raw.batch is not None else self.codec.decode(raw)
+        clean = not batch.invalid
+        x = batch.x if clean else batch.x[batch.valid]
+        predicted = self._predict(x) if len(x) else None
+        self._answer(raw, batch, predicted, clean)
+        self.positions.update(raw.next_positions())
+        if predicted is not None:
+            self._remember(batch, predicted, x, clean)
+        self._learn(len(x))
+        self._count(raw, batch, predicted, time.monotonic() - started)
+
+    def _predict(self, x: np.ndarray) -> Predicted:
+        predicted = self.resident.predict(x, adapt=self.adapt, serve=self.actions.trusted)
+        if predicted.adapt_seconds is not None:
+            self.telemetry.adapt_seconds.observe(predicted.adapt_seconds)
+        trip = self.monitor.observe(predicted)
+        if trip and predicted.served_adapted:
+            # The batch at hand is answered by the model below, not by the one that just tripped.
+            predicted.served_adapted = False
+            predicted.rows = self.resident.measure_version(x)
+            predicted.version = predicted.rows.prediction
+        if not predicted.rows.finite() and self.resident.current.number:
+            self.actions.version_harm = True
+            predicted.rows = self.resident.measure_frozen(x)
+        return predicted
+
+    def _answer(self, raw: RawBatch, batch: Batch, predicted: Predicted | None, clean: bool) -> None:
+        for letter in batch.dead:
+            if letter.offset >= self.emit_from.get(letter.partition, 0):
+                self.sink.send_dead(letter)
+        ids = batch.ids if clean else [name for name, fine in zip(batch.ids, batch.valid, strict=True) if fine]
+        values = self._encode(ids, predicted.rows) if predicted is not None else []
+        if not clean:
+            fine = iter(values)
+            values = [
+                encode_invalid(batch.ids[row], batch.invalid[row]) if row in batch.invalid else next(fine)
+                for row in range(len(batch))
+            ]
+        keys = raw.keys if len(batch) == len(raw) else [raw.keys[row] for row in batch.rows]
+        if self.emit_from:
+            keys, values = self._not_yet_answered(raw, batch, keys, values)
+        self.sink.send(keys, values)
+        self.telemetry.records_out.inc(len(values))
+
+    def _encode(self, ids: list[str], rows: Rows) -> list[bytes]:
+        version, state = self.resident.current.number, self.regulator.state.value
+        finite = rows.finite()
+        prediction = rows.prediction if finite else np.nan_to_num(rows.prediction)
+        probabilities = rows.probabilities if self.probabilities else None
+        answers = encode_predictions(self.task, ids, prediction, rows.confidence, version, state, probabilities)
+        if not finite:
+            # Not even the frozen model has a number for these inputs: never emit one that isn't.
+            bad = np.flatnonzero(~(np.isfinite(rows.prediction) & np.isfinite(rows.confidence)))
+            for row in bad.tolist():
+                answers[row] = encode_invalid(ids[row], MODEL_NOT_FINITE)
+                self.telemetry.invalid[MODEL_NOT_FINITE].inc()
+        return answers
+
+    def _not_yet_answered(
+        self, raw: RawBatch, batch: Batch, keys: list[bytes | None], values: list[bytes]
+    ) -> tuple[list[bytes | None], list[bytes]]:
+        """Leave out what was answered before the restart; forget a partition's mark once it is passed."""
+        keep = [
+            index
+            for index, row in enumerate(batch.rows)
+            if raw.offsets[row] >= self.emit_from.get(raw.partitions[row], 0)
+        ]
+        self.telemetry.records_rebuilt.inc(len(values) - len(keep))
+        for partition, offset in raw.next_positions().items():
+            if offset >= self.emit_from.get(partition, offset + 1):
+                del self.emit_from[partition]
+        return [keys[index] for index in keep], [values[index] for index in keep]
+
+    def _remember(self, batch: Batch, predicted: Predicted, x: np.ndarray, clean: bool) -> None:
+        """Predictions wait for their labels; a label that came inside a record counts only now, after its answer."""
+        if self.join is None:
+            return
+        rows = range(len(batch)) if clean else np.flatnonzero(batch.valid).tolist()
+        inline = [(batch.ids[row], label) for row in rows if (label := batch.y[row]) is not None]
+        if self.labels is None and not inline:
+            return
+        ids = batch.ids if clean else [batch.ids[row] for row in rows]
+        times = batch.times_s if clean else batch.times_s[batch.valid]
+        facts = np.empty((len(ids), len(FACTS)), np.float32)
+        facts[:, 0], facts[:, 1] = predicted.rows.prediction, predicted.adapted
+        facts[:, 2], facts[:, 3], facts[:, 4] = predicted.version, predicted.frozen, predicted.weight
+        facts[:, 5], facts[:, 6] = self.resident.epoch, self.resident.current.number
+        facts[:, 7] = predicted.served_adapted
+        self.join.predicted(ids, x, facts, float(times.max()))
+        if inline:
+            self.join.offer(Labels([name for name, _ in inline], [y for _, y in inline], [-np.inf] * len(inline)))
+
+    def _learn(self, rows: int) -> None:
+        """Late labels, one reading, one decision; its effects begin with the next batch."""
+        actions = self.actions
+        if self.join is not None:
+            self._fetch_labels()
+            self._labelled(self.join.due())
+        if not rows:
+            return
+        learnt = actions.learn()
+        actions.weigh()
+        value, source = self.monitor.value()
+        reading = Reading(
+            rows=rows,
+            value=value,
+            drift=bool(self.monitor.alarms),
+            trip=actions.take_trip(),
+            learner=learnt,
+        )
+        self.adapt = actions.apply(self.regulator.step(reading), reading, source)
+        self.monitor.alarms = []
+
+    def idle(self) -> None:
+        """The stream has no more for now: labels that wait for its time are due by the wall clock."""
+        if self.join is not None and self.labels is not None:
+            # A recorded or simulated label stream may have no end: read no further ahead than the stream's time.
+            while self.join.wants_more() and len(labels := self.labels.poll(0.0)):
+                self.join.offer(labels)
+            if self.labels.at_end():
+                self._labelled(self.join.due(time.time()))
+
+    def _labelled(self, joined: Joined | None) -> None:
+        """Score emitted answers, weigh the evidence of harm, keep the rows to learn from."""
+        usable = None if joined is None else self.tally.usable(joined)
+        if usable is None:
+            return
+        self.monitor.labelled(usable, self.resident.epoch, self.resident.current.number, fast=self.actions.trusted)
+        self.tally.score(self.monitor, usable)
+        self.actions.learner.add(usable)
+
+    def _fetch_labels(self) -> None:
+        if self.labels is None or self.join is None:
+            return
+        deadline = time.monotonic() + LABEL_WAIT_S
+        while self.join.wants_more():
+            labels = self.labels.poll(0.0)
+            if len(labels):
+                self.join.offer(labels)
+            elif self.labels.at_end() or time.monotonic() > deadline:
+                return
+            else:
+                labels = self.labels.poll(0.05)
+                self.join.offer(labels)
+
+    def _count(self, raw: RawBatch, batch: Batch, predicted: Predicted | None, seconds: float) -> None:
+        telemetry, now = self.telemetry, time.time()
+        telemetry.records_in.inc(len(raw))
+        telemetry.batch_rows.observe(len(raw))
+        telemetry.batch_seconds.observe(seconds)
+        for reason in [*batch.invalid.values(), *(letter.reason for letter in batch.dead)]:
+            telemetry.invalid[reason].inc()
+        if self.live_times:
+            telemetry.end_to_end_seconds.observe(np.maximum(0.0, now - np.asarray(raw.times_s)))
+        else:
+            telemetry.end_to_end_seconds.observe(np.full(len(raw), time.monotonic() - raw.arrived))
+        self.tally.batch(len(raw), len(batch.invalid), len(batch.dead))
+        telemetry.progress_time.set(now)
+
+    def report(self, lag: Callable[[], int | None]) -> None:
+        """Bring the gauges up to date; for whoever is about to read them, not for the hot path."""
+        telemetry, monitor = self.telemetry, self.monitor
+        known = lag()
+        telemetry.lag.set(float("nan") if known is None else known)
+        telemetry.gain.set(self.resident.adapter.gain)
+        telemetry.version.set(self.resident.current.number)
+        for name, value in monitor.signals().items():
+            telemetry.signal[name].set(value)
+        for name, value in monitor.deviations().items():
+            telemetry.deviation[name].set(value)
+        for name, detector in monitor.detectors.items():
+            telemetry.statistic[name].set(detector.statistic)
+            telemetry.threshold[name].set(detector.threshold)
+        for model, level in monitor.errors.items():
+            telemetry.error[model].set(level.value)
+        for test, value in monitor.evidence().items():
+            telemetry.evidence[test].set(value)
+        telemetry.labels_seen(
+            joined=self.tally.labels,
+            late=0 if self.join is None else self.join.late,
+            rejected=self.tally.labels_rejected + (0 if self.labels is None else sum(self.labels.rejected.values())),
+        )
+        telemetry.device_memory.set(self.resident.memory_bytes())
+        telemetry.enter(self.regulator.state)

@@ -1,0 +1,283 @@
+"""From measured rows to one reading: signal levels against their bands, calibrated detectors, the guards' evidence.
+
+Two guards, one for each layer: *served against version* watches the fast adaptation, *version against frozen* the slow
+one. A layer that is shown to be worse than the one below it is taken away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+import detectors
+from daemon.evidence import HarmEvidence
+from daemon.guard import Guard, GuardLimits
+from daemon.labels import Joined
+from daemon.records import F32, F64, Bools
+from daemon.resident import Predicted
+from daemon.signals import Level, divergence
+
+LEVEL_ROWS = 256
+"""Memory of a signal's level, in rows; `homeostat pack` measures the bands for it."""
+ERROR_ROWS = 128
+"""Memory of the error level, in labelled rows."""
+MIN_LABELS = 32
+"""Labelled rows before the error speaks for the signals."""
+BENEFIT_LEVEL = 0.05
+"""Chance that a fast adaptation that is no better gets served on labelled evidence."""
+MIN_BENEFIT_LEVEL = 1e-6
+"""Where that level ends after many failures; a promotion puts it back."""
+LABEL_SILENCE_ROWS = 5_000
+"""Rows without any label after which the stream counts as unlabelled."""
+MAX_DIVERGENCE = 0.05
+"""Jensen-Shannon divergence (bits) of the recent mean prediction from the class prior: above, classes come in runs."""
+COMPENSATED = ("feature_shift", "output_shift", "entropy")
+"""Signals that adaptation can bring back; the input's own shift stays, whatever the model does."""
+
+
+class Monitor:
+    """Knows what is normal, and says how far from it the stream is."""
+
+    def __init__(
+        self,
+        task: str,
+        names: tuple[str, ...],
+        calibration: dict[str, Any],
+        *,
+        guard: GuardLimits,
+        detector: str,
+        prior: np.ndarray | None,
+    ) -> None:
+        self.task = task
+        self.names = names
+        self._bands = calibration["bands"]
+        self._loss_scale = float(calibration["loss_scale"])
+        self.detectors = {
+            name: detectors.Calibrated.from_calibration(
+                detectors.build(detector), calibration["detectors"][detector][name]
+            )
+            for name in (*names, "error")
+        }
+        self.levels = {name: Level(LEVEL_ROWS) for name in names}
+        self.errors = {name: Level(ERROR_ROWS) for name in ("served", "version", "frozen")}
+        self._disagreement = Level(LEVEL_ROWS)
+        self._prior = None if prior is None else np.asarray(prior, np.float64)
+        self._mean_p: F64 | None = None
+        self.fast_guard = Guard(guard, prior=self._prior)
+        self.slow_guard = Guard(guard, prior=self._prior)
+        self._benefit = HarmEvidence()
+        self._bar = -math.log(BENEFIT_LEVEL)
+        self._since_labels = LABEL_SILENCE_ROWS + 1
+        self.alarms: list[str] = []
+        """Signals that alarmed since the last reading; labels may raise one while no row comes."""
+
+    def observe(self, predicted: Predicted) -> str | None:
+        """Take in one batch; returns the fast guard's reason when the adapted answers must not be used."""
+        rows, adapted = predicted.rows, predicted.adapted_rows
+        count = len(rows.prediction)
+        self._since_labels += count
+        for column, name in enumerate(self.names):
+            values = rows.signals[:, column]
+            self.levels[name].update(values)
+            if self.detectors[name].update_many(values.astype(np.float64)):
+                self.alarms.append(name)
+        if rows.mean_p is not None and np.isfinite(rows.mean_p).all():
+            self._mean_p = _blend(self._mean_p, rows.mean_p, count)
+        if adapted is None:
+            return self.fast_guard.verdict()
+        both = np.isfinite(predicted.version)
+        self._disagreement.update((predicted.adapted != predicted.version)[both].astype(np.float64))
+        self.fast_guard.observe(
+            rows=count,
+            finite=adapted.finite(),
+            mean_p_served=_double(adapted.mean_p),
+            mean_p_frozen=_double(predicted.version_mean_p),
+        )
+        # Labels are the truth: while they come, the proxy has no say.
+        if predicted.proxy is not None and not self.labels_come() and np.isfinite(predicted.proxy).all():
+            self.fast_guard.proxy(np.clip(predicted.proxy / (4 * self._bands["feature_shift"]["scale"]), -1.0, 1.0))
+        return self.fast_guard.verdict()
+
+    def loss(self, prediction: F32, y: np.ndarray) -> np.ndarray:
+        """Per-row loss: 0/1 error, or squared error over the reference variance; NaN where ``prediction`` is."""
+        if self.task == "classification":
+            wrong = (prediction != y).astype(np.float64)
+        else:
+            wrong = (prediction.astype(np.float64) - y) ** 2 / self._loss_scale
+        return np.where(np.isfinite(prediction), wrong, np.nan)
+
+    def labelled(self, joined: Joined, epoch: int, number: int, *, fast: bool) -> None:
+        """Take in newly labelled rows.
+
+        Evidence counts for the function that made the prediction: rows from before the last reset or promotion say
+        nothing about what serves now.
+
+        Args:
+            joined: the rows.
+            epoch: the present fast state.
+            number: the present version.
+            fast: whether the fast adaptation is what serves now.
+        """
+        self._since_labels = 0
+        losses = {name: self.loss(getattr(joined, name), joined.y) for name in (*self.errors, "adapted")}
+        if self.detectors["error"].update_many(np.clip(losses["served"], 0, 10)) and "error" not in self.alarms:
+            self.alarms.append("error")
+        now, same_version = joined.epoch == epoch, joined.number == number
+        current = (joined.by_fast == 1) & now if fast else (joined.by_fast == 0) & same_version
+        self.errors["served"].update(losses["served"][current])
+        self.errors["version"].update(losses["version"][same_version])
+        self.errors["frozen"].update(losses["frozen"])
+        harm = _known(losses["adapted"] - losses["version"], now)
+        if len(harm):
+            self.fast_guard.paired(harm)
+            self._benefit.update(-harm)
+        if len(version_harm := _known(losses["version"] - losses["frozen"], same_version)) and number:
+            self.slow_guard.paired(version_harm)
+
+    def raise_bar(self) -> None:
+        """What was served and shown to harm has to show more before it is served again: the level is halved."""
+        self._bar = min(self._bar + math.log(2), -math.log(MIN_BENEFIT_LEVEL))
+
+    def labels_come(self) -> bool:
+        """Whether the stream is labelled: a label came within the last ``LABEL_SILENCE_ROWS`` rows."""
+        return self._since_labels <= LABEL_SILENCE_ROWS
+
+    def trusted(self) -> bool:
+        """Whether the fast adaptation has earned to be served.
+
+        With labels it must be shown to be better than the version beneath it (an anytime-valid test, level
+        ``BENEFIT_LEVEL``). Without labels nothing proves it: then it is trusted only while the version's own answers
+        spread over the classes about as the reference does, because statistics of a run of one class are not those of
+        the stream. See Boudiaf et al. 2022 and Gong et al. 2022 on label-correlated streams.
+        """
+        if self.fast_guard.verdict() is not None:
+            return False
+        if self.labels_come():
+            return self._benefit.log_peak >= self._bar
+        if self._prior is None:
+            return True
+        return self._mean_p is not None and divergence(self._mean_p, self._prior) <= MAX_DIVERGENCE
+
+    def deviations(self) -> dict[str, float]:
+        """How far each level is above its reference, in units of its band; NaN before the first value."""
+        result = {}
+        for name, level in self.levels.items():
+            band = self._bands[name]
+            result[name] = (level.value - band["mean"]) / band["band"] if level.rows >= LEVEL_ROWS / 4 else math.nan
+        band = self._bands["error"]
+        error = self.errors["served"]
+        result["error"] = (error.value - band["mean"]) / band["band"] if error.rows >= MIN_LABELS else math.nan
+        return result
+
+    def value(self) -> tuple[float, str]:
+        """The regulated variable in units of its band, and which signal it is.
+
+        Labels are the truth: while there are any, the error alone decides. Without them it is the worst of the signals
+        that adaptation can bring back. One-sided: better than the reference is not a disturbance. NaN when nothing is
+        measured yet: the regulator then goes by what it had.
+        """
+        deviations = self.deviations()
+        if math.isfinite(deviations["error"]):
+            return max(0.0, deviations["error"]), "error"
+        candidates = [(deviations[name], name) for name in COMPENSATED if name in deviations]
+        finite = [pair for pair in candidates if math.isfinite(pair[0])]
+        if not finite:
+            return math.nan, "none"
+        worst, name = max(finite)
+        return max(0.0, worst), name
+
+    def signals(self) -> dict[str, float]:
+        """Current levels for the metrics."""
+        values = {name: level.value for name, level in self.levels.items()}
+        values["disagreement"] = self._disagreement.value
+        if self._prior is not None:
+            values["class_divergence"] = math.nan if self._mean_p is None else divergence(self._mean_p, self._prior)
+        return values
+
+    def evidence(self) -> dict[str, float]:
+        """log10 of the e-values behind the guards."""
+        fast, slow = self.fast_guard.evidence, self.slow_guard.evidence
+        return {
+            "harm": fast["harm_evidence"],
+            "proxy_harm": fast["proxy_evidence"],
+            "version_harm": slow["harm_evidence"],
+        }
+
+    def signal_names(self) -> list[str]:
+        """Names of `signals`, known before the first batch."""
+        return list(self.signals())
+
+    def rebaseline(self, rows: int) -> None:
+        """What is coming in now is the new normal for the detectors (not for the bands)."""
+        for name, detector in self.detectors.items():
+            detector.rebaseline(rows if name != "error" else max(MIN_LABELS, rows // 4))
+
+    def forget_fast(self) -> None:
+        """The fast adaptation starts again from nothing: the evidence for and against it is void."""
+        self.fast_guard.reset()
+        self._benefit = HarmEvidence()
+        self._disagreement.reset()
+
+    def forget_served(self) -> None:
+        """Another function serves: what was measured of the one before doesn't count for it."""
+        self.errors["served"].reset()
+        for name in COMPENSATED:
+            if name in self.levels:
+                self.levels[name].reset()
+
+    def forget_version(self) -> None:
+        """The version changed, and with it everything above."""
+        self.forget_fast()
+        self.forget_served()
+        self._bar = -math.log(BENEFIT_LEVEL)
+        self.slow_guard.reset()
+        self.errors["version"].reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "levels": {name: level.state_dict() for name, level in self.levels.items()},
+            "errors": {name: level.state_dict() for name, level in self.errors.items()},
+            "disagreement": self._disagreement.state_dict(),
+            "mean_p": self._mean_p,
+            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
+            "fast_guard": self.fast_guard.state_dict(),
+            "slow_guard": self.slow_guard.state_dict(),
+            "benefit": self._benefit.state_dict(),
+            "bar": self._bar,
+            "since_labels": self._since_labels,
+            "alarms": list(self.alarms),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        for group, items in (("levels", self.levels), ("errors", self.errors), ("detectors", self.detectors)):
+            for name, item in items.items():
+                item.load_state_dict(state[group][name])
+        self._disagreement.load_state_dict(state["disagreement"])
+        self._mean_p = state["mean_p"]
+        self.fast_guard.load_state_dict(state["fast_guard"])
+        self.slow_guard.load_state_dict(state["slow_guard"])
+        self._benefit.load_state_dict(state["benefit"])
+        self._bar = float(state["bar"])
+        self._since_labels = int(state["since_labels"])
+        self.alarms = list(state["alarms"])
+
+
+def _blend(mean_p: F64 | None, batch: F32, rows: int) -> F64:
+    """Mean prediction over about the last ``4 * LEVEL_ROWS`` rows."""
+    keep = math.exp(-rows / (4 * LEVEL_ROWS))
+    new = batch.astype(np.float64)
+    return new if mean_p is None else keep * mean_p + (1 - keep) * new
+
+
+def _double(mean_p: F32 | None) -> F64 | None:
+    return None if mean_p is None else mean_p.astype(np.float64)
+
+
+def _known(difference: F64, rows: Bools) -> F64:
+    """The paired differences of ``rows`` where both models ran, within the tests' range."""
+    known: F64 = difference[rows & np.isfinite(difference)].clip(-1.0, 1.0)
+    return known

@@ -1,0 +1,277 @@
+"""The model on its device: the frozen original, the promoted versions, and the fast adapter on top.
+
+Three models in layers, each the safe ground of the next: *frozen* (as packed), *version* (frozen plus what the slow
+loop promoted), *served* (version plus fast adaptation). While two layers are the same function, only one of them runs:
+in a steady world a batch costs one forward pass.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import adapters.fast as fast
+import adapters.slow as slow
+from adapters.features import FeatureTap, find_head
+from daemon.records import F32
+from daemon.signals import Meter, Rows
+
+
+@dataclass(slots=True)
+class Version:
+    """A promoted set of weights: what changed against the frozen model, and why it was kept."""
+
+    number: int
+    delta: dict[str, Tensor] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Predicted:
+    """One batch: what is answered, and what the other layers would have answered (NaN where they did not run)."""
+
+    rows: Rows
+    """The answer: the adapted model's where it is served, else the version's."""
+    adapted: F32
+    """(B,) prediction of the fast adapter, served or in shadow."""
+    version: F32
+    """(B,) prediction of the current version without fast adaptation."""
+    frozen: F32
+    """(B,) prediction of the frozen model."""
+    weight: F32
+    """(B,) one over the chance that the twins ran on a row."""
+    served_adapted: bool = False
+    adapt_seconds: float | None = None
+    adapted_rows: Rows | None = None
+    version_mean_p: F32 | None = None
+    proxy: F32 | None = None
+    """(n,) adapted minus version feature shift, on the rows where both ran."""
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: when the named device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device; use auto or cpu")
+    return device
+
+
+class Resident:
+    """Predicts batches, owns versions, swaps them at batch boundaries."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        meter: Meter,
+        *,
+        task: str,
+        reference: Any,
+        fast_name: str,
+        fast_options: dict[str, Any],
+        device: torch.device,
+        twin_share: float = 1.0,
+        ring: int = 3,
+        autocast: bool = False,
+        head: str | None = None,
+    ) -> None:
+        self.frozen = model.to(device).eval()
+        self.task = task
+        self.device = device
+        self.meter = meter
+        self._reference = reference
+        self._fast_name, self._fast_options = fast_name, fast_options
+        self._twin_share = twin_share
+        self._autocast = autocast
+        self._head = head
+        self._kind = "values" if task == "regression" else "logits"
+        self.current = Version(0)
+        self.ring: deque[Version] = deque(maxlen=ring)
+        self._highest = 0
+        self._row = 0
+        self.epoch = 0
+        """Counts the fast states: evidence gathered on one says nothing about the next."""
+        self._mount(self.frozen)
+
+    def _mount(self, version_model: nn.Module) -> None:
+        """Put a fresh fast adapter on a version."""
+        self.version_model = version_model
+        self.adapter = fast.build(self._fast_name, version_model, self._reference, **self._fast_options)
+        self.adapter.gain = 0.0
+        head = self._head or find_head(version_model)
+        self._tap = FeatureTap(version_model, head) if head else None
+
+    def predict(self, x: F32, *, adapt: bool, serve: bool) -> Predicted:
+        """Answer ``x`` (B, *shape), then adapt when asked. Every output is the one before the update.
+
+        Args:
+            x: finite rows.
+            adapt: whether the fast method may learn from them.
+            serve: whether its answer goes out; else it runs in shadow, and only while it adapts.
+        """
+        x_B, count = self._upload(x), len(x)
+        # At gain 0 the adapter's answer is the version's, to the bit; it may still gather statistics.
+        differs = self.adapter.gain > 0.0
+        adapted, seconds = None, None
+        if adapt or (serve and differs):
+            started = time.monotonic()
+            adapted = self._measure_adapted(x_B, adapt=adapt)
+            seconds = time.monotonic() - started if adapt else None
+        sampled = self._sample(count)
+        served_adapted = adapted is not None and differs and serve
+        blank = np.full(count, np.nan, np.float32)
+        weight = np.ones(count, np.float32)
+        if served_adapted and adapted is not None:
+            rows, version = adapted, blank
+            if len(sampled):
+                twin = self.measure_version(self._rows(x_B, sampled))
+                version = _scatter(blank, sampled, twin.prediction)
+            weight[:] = 1.0 / self._twin_share
+        else:
+            rows = twin = adapted if adapted is not None and not differs else self.measure_version(x_B)
+            version = rows.prediction
+        predicted = Predicted(rows, blank, version, version, weight, served_adapted, seconds)
+        if adapted is not None and differs:
+            predicted.adapted, predicted.adapted_rows = adapted.prediction, adapted
+            if len(sampled):
+                column = self.meter.names.index("feature_shift")
+                both = sampled if served_adapted else np.arange(count)
+                predicted.proxy = adapted.signals[both, column] - twin.signals[:, column]
+                predicted.version_mean_p = twin.mean_p
+        if self.current.number:
+            weight[:] = 1.0 / self._twin_share
+            predicted.frozen = blank
+            if len(sampled):
+                frozen = self.measure_frozen(self._rows(x_B, sampled))
+                predicted.frozen = _scatter(blank, sampled, frozen.prediction)
+        self._row += count
+        return predicted
+
+    def _measure_adapted(self, x_B: Tensor, *, adapt: bool) -> Rows:
+        call = self.adapter.forward if adapt else self.adapter.predict
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            outputs = call(x_B, check_finite=False)
+        kind = "probs" if self.adapter.outputs == "probs" else self._kind
+        return self.meter.measure(x_B, outputs, self.adapter.features, kind=kind)
+
+    def _sample(self, count: int) -> np.ndarray:
+        """Rows of this batch on which the twins run: a hash, so that sensors taking turns don't alias with it."""
+        if self._twin_share >= 1.0:
+            return np.arange(count)
+        index = np.arange(self._row, self._row + count, dtype=np.uint64) * np.uint64(2654435761)
+        return np.flatnonzero((index & np.uint64(0xFFFFFFFF)) < np.uint64(self._twin_share * 2**32))
+
+    def _rows(self, x_B: Tensor, index: np.ndarray) -> Tensor:
+        return x_B if len(index) == len(x_B) else x_B[torch.from_numpy(index).to(self.device)]
+
+    def measure_version(self, x: F32 | Tensor) -> Rows:
+        """The current version's answer without fast adaptation: the safe one."""
+        x_B = self._upload(x) if isinstance(x, np.ndarray) else x
+        outputs, features = self._plain(x_B)
+        return self.meter.measure(x_B, outputs, features, kind=self._kind)
+
+    def measure_frozen(self, x: F32 | Tensor) -> Rows:
+        """The frozen model's answer."""
+        x_B = self._upload(x) if isinstance(x, np.ndarray) else x
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.meter.measure(x_B, self.frozen(x_B), None, kind=self._kind)
+
+    def _plain(self, x_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            outputs = self.version_model(x_B)
+        return outputs, None if self._tap is None else self._tap.features
+
+    def _upload(self, x: F32) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(x))
+        if self.device.type == "cuda":
+            return host.pin_memory().to(self.device, non_blocking=True)
+        return host
+
+    def memory_bytes(self) -> int:
+        """Memory in use on the model's device: CUDA's allocator, or the process' resident set on the CPU."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def set_gain(self, gain: float) -> None:
+        """The fast actuator, in [0, 1]."""
+        if gain != self.adapter.gain:
+            self.adapter.gain = gain
+
+    def reset_fast(self) -> None:
+        """Forget all fast adaptation; the gain is the regulator's and stays."""
+        self.adapter.reset()
+        self.epoch += 1
+
+    def promote(self, delta: dict[str, Tensor], record: dict[str, Any]) -> Version:
+        """Serve the current version plus ``delta`` from the next batch on; the old one is kept in the ring."""
+        self.ring.append(self.current)
+        self._highest += 1
+        merged = {**self.current.delta, **{name: value.to(self.device) for name, value in delta.items()}}
+        self._serve(Version(self._highest, merged, {**record, "parent": self.current.number}))
+        return self.current
+
+    def rollback(self) -> Version:
+        """Serve the frozen model again; the versions in the ring stay for an operator."""
+        if self.current.number:
+            self.ring.append(self.current)
+        self._serve(Version(0))
+        return self.current
+
+    def _serve(self, version: Version) -> None:
+        if self._tap is not None:
+            self._tap.close()
+        self.current = version
+        self.epoch += 1
+        self._mount(slow.apply_delta(self.frozen, version.delta) if version.delta else self.frozen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Versions and the fast state; the frozen weights are the bundle's."""
+        return {
+            "highest": self._highest,
+            "row": self._row,
+            "epoch": self.epoch,
+            "current": _version_state(self.current),
+            "ring": [_version_state(version) for version in self.ring],
+            "gain": self.adapter.gain,
+            "fast": self.adapter.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        self._highest, self._row = int(state["highest"]), int(state["row"])
+        self.ring.clear()
+        self.ring.extend(self._version(item) for item in state["ring"])
+        self._serve(self._version(state["current"]))
+        self.epoch = int(state["epoch"])
+        self.adapter.load_state_dict(state["fast"])
+        self.adapter.gain = float(state["gain"])
+
+    def _version(self, state: dict[str, Any]) -> Version:
+        delta = {name: value.to(self.device) for name, value in state["delta"].items()}
+        return Version(int(state["number"]), delta, state["record"])
+
+
+def _version_state(version: Version) -> dict[str, Any]:
+    return {"number": version.number, "delta": dict(version.delta), "record": version.record}
+
+
+def _scatter(blank: F32, index: np.ndarray, values: F32) -> F32:
+    """``values`` at ``index``, NaN elsewhere."""
+    if len(index) == len(blank):
+        return values
+    result = blank.copy()
+    result[index] = values
+    return result

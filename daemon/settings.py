@@ -1,0 +1,230 @@
+"""Every ``HOMEOSTAT_*`` variable, as one frozen tree. Nothing else in the program reads the environment.
+
+Nested names use ``__``: ``HOMEOSTAT_SLOW__STEPS=120``. A method's name and its options share one prefix:
+``HOMEOSTAT_FAST=tent`` and ``HOMEOSTAT_FAST__LR=0.001``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from daemon.guard import GuardLimits
+from daemon.regulator import RegulatorLimits
+
+PREFIX = "HOMEOSTAT_"
+
+
+class Section(BaseModel):
+    """A nested group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Method(Section):
+    """A method by name; every further variable under the same prefix is an option of that method."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+
+    def options(self) -> dict[str, Any]:
+        """The method's own options, as given (the method validates them)."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Detection(Section):
+    """What raises an alarm, and how often it may be wrong."""
+
+    name: str = "cusum"
+    """Detector by name: cusum, adwin. HOMEOSTAT_DETECT=adwin is the short form."""
+    arl0: float = Field(200_000, ge=100)
+    """Mean rows between false alarms of all watched signals together, in a world without drift."""
+
+
+class Slow(Section):
+    """The slow loop: learning from late labels in the background."""
+
+    enabled: bool = True
+    """Whether the slow loop may learn. Without labels it never starts."""
+    name: str = "norm_affine_head"
+    """What may move: head, norm_affine, norm_affine_head. HOMEOSTAT_SLOW=head is the short form."""
+    steps: PositiveInt = 100
+    """Gradient steps of one burst."""
+    batch_rows: PositiveInt = 64
+    """Rows of one gradient step."""
+    optimizer: str = "prodigy"
+    """sgd, adam, adamw, or any name of pytorch_optimizer."""
+    lr: PositiveFloat | None = None
+    """Learning rate; unset: the optimiser's own, which is learning-rate-free for the default."""
+    min_labels: PositiveInt = 64
+    """Labelled rows that must be in memory, and new ones since the last burst, before a burst starts."""
+    memory_rows: PositiveInt = 2_000
+    """Labelled rows kept to learn from."""
+    holdout_rows: PositiveInt = 96
+    """Newest labelled rows that are held back to judge a candidate."""
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """Level of the gate's test: the chance to promote a candidate that is no better."""
+    reference_share: float = Field(0.25, ge=0, le=1)
+    """Share of each gradient step's rows drawn from the protected reference exemplars."""
+    reference_margin: float | None = Field(None, ge=0, le=1)
+    """Error a candidate may lose on the reference exemplars; unset: not a condition, the loss is logged."""
+    inline: bool = False
+    """Learn in the loop instead of beside it: the stream waits, and a replay gives the same versions every time."""
+
+
+class Checkpoints(Section):
+    """Atomic snapshots of state and offsets."""
+
+    dir: Path | None = None
+    """Folder of the snapshots; off: none; unset: STATE_DIR/checkpoints, and none for the simulator."""
+    every_s: PositiveFloat = 10.0
+    """Seconds between snapshots while records arrive."""
+    every_batches: PositiveInt | None = None
+    """Also after this many batches; unset: by time alone."""
+    keep: int = Field(3, ge=2)
+    """Snapshots kept; older ones are removed."""
+
+
+class KafkaClient(Section):
+    """Kafka clients: source, sink, labels and dead letters share these."""
+
+    group: str = "homeostat"
+    """Consumer group of the source."""
+    instance_id: str = ""
+    """Static member id; set it (a host name) to restart without a rebalance."""
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a group without a committed offset begins."""
+    out_of_range: Literal["fail", "earliest", "latest"] = "fail"
+    """When the wanted offset is no longer on the broker: stop, or jump and count."""
+    max_rebuild: int = Field(100_000, ge=0)
+    """Longest run of records replayed without output to bring the state up to the group's offset."""
+    session_timeout_ms: int = Field(30_000, ge=6_000)
+    """Time without a heartbeat after which the broker gives the partitions to another worker."""
+    bootstrap_timeout_s: PositiveFloat = 8.0
+    """Time to reach the broker at the start; later losses are retried for ever."""
+    producer_linger_ms: float = Field(5.0, ge=0)
+    """Time the producer waits to fill a batch."""
+    compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = "none"
+    """Compression of what is produced."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How to talk to the broker."""
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
+    """Login mechanism with SASL_*."""
+    username: str = ""
+    """Login name."""
+    password: SecretStr = SecretStr("")
+    """Login password; better in a file."""
+    password_file: Path | None = None
+    """File that holds the login password."""
+    ssl_cafile: Path | None = None
+    """Authorities that sign the brokers' certificates."""
+    ssl_certfile: Path | None = None
+    """Own certificate, where the broker asks for one."""
+    ssl_keyfile: Path | None = None
+    """Key of the own certificate."""
+
+
+class _Environment(EnvSettingsSource):
+    """Reads ``NAME=word`` of a nested section as that section's ``name`` (or ``dir``)."""
+
+    def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
+        try:
+            decoded = json.loads(value)
+        except ValueError:
+            decoded = value
+        if isinstance(decoded, dict):
+            return decoded
+        return {"dir" if field_name == "checkpoint" else "name": value}
+
+
+class Settings(BaseSettings):
+    """The effective settings of one process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        nested_model_default_partial_update=True,
+    )
+
+    source: str = "sim://ageing"
+    """Where records come from: kafka://host:port/topic, file://path, -, sim://ageing?rate=1000&seed=7."""
+    sink: str = "null:"
+    """Where answers go: kafka://host:port/topic, file://path, -, null:."""
+    labels: str = ""
+    """Where late labels come from: kafka://host:port/topic, file://path; empty: none (the simulator brings its own)."""
+    dead_letters: str = ""
+    """Where unanswerable records go; empty: kafka://.../SOURCE-TOPIC.dead-letters, else a file in STATE_DIR."""
+    codec: Literal["json", "raw", "msgpack"] = "json"
+    """Wire format of the records: json, raw (little-endian float32), msgpack."""
+    bundle: Path | None = None
+    """Folder made by `homeostat pack`; needed for every source but the simulator."""
+    factory: str = ""
+    """module:function that builds the bundle's model; a bundle can't choose what is imported, you do."""
+    app_dir: Path = Path(".")
+    """Folder from which the factory's module may be imported, searched last."""
+    state_dir: Path = Path(".homeostat")
+    """Folder for what the daemon itself keeps: checkpoints, dead letters of files, the simulator's bundle."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:N."""
+    autocast: bool = False
+    """Run the model in bfloat16 where that is safe."""
+    threads: PositiveInt = 1
+    """CPU threads of torch; more than one gets slow when the learner is busy too."""
+    batch_rows: int = Field(512, ge=1, le=65_536)
+    """Most rows of one batch."""
+    linger_ms: NonNegativeFloat = 5.0
+    """Longest wait for a fuller batch once the stream has nothing more to give."""
+    probabilities: bool = False
+    """Put every class's probability into each answer."""
+    fast: Method = Method(name="ema_norm")
+    """Fast method: none, norm, alpha_norm, ema_norm, tent, lame; its options: HOMEOSTAT_FAST__MEMORY_ROWS=500."""
+    detect: Detection = Detection()
+    """Drift detection."""
+    twin_share: float = Field(1.0, gt=0, le=1)
+    """Share of rows on which the frozen model runs too, once the served one differs from it."""
+    label_window: int = Field(10_000, ge=1)
+    """Newest rows whose labels may still come; later labels are counted as late."""
+    label_window_bytes: int = Field(256 << 20, ge=1 << 20)
+    """Most memory for those rows' inputs; the window shrinks to fit."""
+    regulator: RegulatorLimits = RegulatorLimits()
+    """The fast/slow controller's limits."""
+    guard: GuardLimits = GuardLimits()
+    """The no-harm test's limits."""
+    slow: Slow = Slow()
+    """The slow loop."""
+    versions: int = Field(3, ge=1)
+    """Promoted versions kept for a rollback."""
+    checkpoint: Checkpoints = Checkpoints()
+    """Snapshots."""
+    kafka: KafkaClient = KafkaClient()
+    """Kafka clients."""
+    http: str = "127.0.0.1:9464"
+    """Address of /metrics, /healthz and /readyz; port 0: any free one; off: none."""
+    progress_timeout_s: PositiveFloat = 60.0
+    """Liveness fails when the loop made no progress for this long although there was work."""
+    drain_timeout_s: PositiveFloat = 20.0
+    """Time to finish, flush and checkpoint after SIGTERM or Ctrl-C."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe line that is logged."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """auto: text on a terminal, JSON elsewhere."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Constructor arguments, then the environment; no dotenv file, no secrets folder."""
+        return (init_settings, _Environment(settings_cls))

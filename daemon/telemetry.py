@@ -1,0 +1,188 @@
+"""Every metric, declared in one place. Children are made at the start, so a rate exists before the first event.
+
+The loop hands over arrays once a batch; per-record histograms are filled by one numpy call, not a call a record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, disable_created_metrics
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from daemon import __version__
+from daemon.regulator import State
+from daemon.streams.codecs import REASONS
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+MODELS = ("served", "version", "frozen")
+BURSTS = ("promoted", "rejected", "failed", "cancelled")
+LABELS = ("joined", "late", "rejected")
+MODEL_NOT_FINITE = "model_not_finite"
+"""The reason of an answer that not even the frozen model could give."""
+TRIPS = ("non_finite", "collapse", "harm", "proxy_harm", "version_harm")
+
+
+# A second series per counter that says when it was made: twice the scrape for nothing that is asked here.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class ArrayHistogram(Collector):
+    """A Prometheus histogram that takes whole arrays: one binning a batch."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name, self._text = name, text
+        self._bounds = np.asarray(bounds, dtype=np.float64)
+        self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, values: Any) -> None:
+        """Take in one value or an array of them."""
+        array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        # Replaced, not changed in place: a scrape in another thread reads either the old or the new counts.
+        self._counts = self._counts + np.bincount(
+            np.searchsorted(self._bounds, array, side="left"), minlength=len(self._counts)
+        )
+        self._sum += float(array.sum())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """For the registry."""
+        totals = np.cumsum(self._counts)
+        labels = [repr(float(bound)) for bound in self._bounds] + ["+Inf"]
+        buckets = [(label, float(total)) for label, total in zip(labels, totals, strict=True)]
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
+class Telemetry:
+    """The daemon's metrics on one registry."""
+
+    def __init__(self, signals: Sequence[str], detectors: Sequence[str]) -> None:
+        self.registry = CollectorRegistry()
+        kw: dict[str, Any] = {"registry": self.registry}
+        self.build = Info("homeostat_build", "Version, model and method that run.", **kw)
+        self.product_version = __version__
+        self.build.info({"version": __version__})
+        self.records_in = Counter("homeostat_records_in_total", "Records read from the source.", **kw)
+        self.records_out = Counter("homeostat_records_out_total", "Answers handed to the sink.", **kw)
+        self.records_rebuilt = Counter(
+            "homeostat_records_rebuilt_total",
+            "Records read again after a restart for the state, not answered twice.",
+            **kw,
+        )
+        self.records_skipped = Counter(
+            "homeostat_records_skipped_total",
+            "Records jumped over at a start or after they were lost on the broker.",
+            **kw,
+        )
+        self._invalid = Counter(
+            "homeostat_records_invalid_total",
+            "Records answered as invalid or sent to the dead letters.",
+            ["reason"],
+            **kw,
+        )
+        self.invalid = {reason: self._invalid.labels(reason) for reason in (*REASONS, MODEL_NOT_FINITE)}
+        self._labels = Counter("homeostat_labels_total", "Late labels by what became of them.", ["result"], **kw)
+        self.labels = {result: self._labels.labels(result) for result in LABELS}
+        self.batch_rows = ArrayHistogram("homeostat_batch_rows", "Rows of a batch.", ROWS, self.registry)
+        self.batch_seconds = ArrayHistogram(
+            "homeostat_batch_seconds", "Seconds from a decoded batch to its answers.", SECONDS, self.registry
+        )
+        self.end_to_end_seconds = ArrayHistogram(
+            "homeostat_end_to_end_seconds",
+            "Seconds from a record's time stamp (its arrival, for files and the simulator) to its answer.",
+            SECONDS,
+            self.registry,
+        )
+        self.adapt_seconds = ArrayHistogram(
+            "homeostat_adapt_seconds", "Seconds of a predict-and-adapt call of the fast method.", SECONDS, self.registry
+        )
+        self.lag = Gauge(
+            "homeostat_lag_records", "Records on the broker that are not read yet; NaN when unknown.", **kw
+        )
+        self._in_state = Gauge("homeostat_state", "1 for the controller's state, 0 for the others.", ["state"], **kw)
+        self.in_state = {state: self._in_state.labels(state.value) for state in State}
+        self.in_state[State.STEADY].set(1)
+        self._state_seconds = Counter("homeostat_state_seconds_total", "Seconds spent in each state.", ["state"], **kw)
+        self.state_seconds = {state.value: self._state_seconds.labels(state.value) for state in State}
+        self.gain = Gauge("homeostat_gain_ratio", "The fast actuator, 0 (frozen) to 1.", **kw)
+        self._signal = Gauge("homeostat_signal", "Recent level of a signal, in its own unit.", ["signal"], **kw)
+        self.signal = {name: self._signal.labels(name) for name in signals}
+        self._deviation = Gauge(
+            "homeostat_signal_deviation_ratio",
+            "Level against its reference, in units of its band: over 1 is out.",
+            ["signal"],
+            **kw,
+        )
+        self.deviation = {name: self._deviation.labels(name) for name in detectors}
+        self._statistic = Gauge("homeostat_detector_statistic", "A detector's statistic.", ["signal"], **kw)
+        self.statistic = {name: self._statistic.labels(name) for name in detectors}
+        self._threshold = Gauge("homeostat_detector_threshold", "Where a detector raises its alarm.", ["signal"], **kw)
+        self.threshold = {name: self._threshold.labels(name) for name in detectors}
+        self._drifts = Counter("homeostat_drifts_total", "Alarms raised in the steady state.", ["signal"], **kw)
+        self.drifts = {name: self._drifts.labels(name) for name in detectors}
+        self._bursts = Counter("homeostat_slow_bursts_total", "Bursts of the slow loop by result.", ["result"], **kw)
+        self.bursts = {result: self._bursts.labels(result) for result in BURSTS}
+        self.slow_seconds = ArrayHistogram(
+            "homeostat_slow_seconds", "Seconds of a burst with its judgement.", SECONDS, self.registry
+        )
+        self.version = Gauge("homeostat_version", "Number of the served version; 0 is the frozen model.", **kw)
+        self._error = Gauge(
+            "homeostat_error_ratio",
+            "Recent error (regression: squared error over the reference variance) by model.",
+            ["model"],
+            **kw,
+        )
+        self.error = {model: self._error.labels(model) for model in MODELS}
+        self._trips = Counter("homeostat_guard_trips_total", "Times the no-harm guard took over.", ["reason"], **kw)
+        self.trips = {reason: self._trips.labels(reason) for reason in TRIPS}
+        self._evidence = Gauge(
+            "homeostat_guard_evidence", "log10 of the evidence of harm; trips at -log10 of the level.", ["test"], **kw
+        )
+        self.evidence = {test: self._evidence.labels(test) for test in ("harm", "proxy_harm", "version_harm")}
+        self.checkpoint_time = Gauge(
+            "homeostat_checkpoint_timestamp_seconds", "When the newest checkpoint was written; 0: none yet.", **kw
+        )
+        self.checkpoint_seconds = ArrayHistogram(
+            "homeostat_checkpoint_seconds", "Seconds of a checkpoint with flush and commit.", SECONDS, self.registry
+        )
+        self.checkpoint_failures = Counter(
+            "homeostat_checkpoint_failures_total", "Checkpoints that could not be written.", **kw
+        )
+        self.device_memory = Gauge("homeostat_device_memory_bytes", "Memory of the model's device in use.", **kw)
+        self.progress_time = Gauge(
+            "homeostat_progress_timestamp_seconds",
+            "When the loop last moved an offset or was seen idle without lag.",
+            **kw,
+        )
+        self.ready = Gauge("homeostat_ready", "1 when the model is warm and the source assigned and reachable.", **kw)
+        self._since = time.monotonic()
+        self._state = State.STEADY
+        self.lag.set(float("nan"))
+        for gauge in self.error.values():
+            gauge.set(float("nan"))
+
+    def enter(self, state: State) -> None:
+        """The controller is in ``state`` from now on; also call it before a scrape to bring the seconds up to date."""
+        now = time.monotonic()
+        self.state_seconds[self._state.value].inc(now - self._since)
+        self._since = now
+        if state is not self._state:
+            self.in_state[self._state].set(0)
+            self.in_state[state].set(1)
+            self._state = state
+
+    def labels_seen(self, **totals: int) -> None:
+        """Bring the label counters to their totals; they only ever go up."""
+        for result, total in totals.items():
+            self.labels[result].inc(max(0.0, total - self.labels[result]._value.get()))
+
+    def seconds_in_state(self) -> dict[str, float]:
+        """Seconds in each state so far."""
+        self.enter(self._state)
+        return {name: round(child._value.get(), 3) for name, child in self.state_seconds.items()}
