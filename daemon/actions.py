@@ -46,7 +46,7 @@ class Actions:
 
     def learn(self) -> Event:
         """Start or finish a burst; a promoted candidate is served from the next batch on."""
-        if self.learner.wanted and not self.monitor.labels_come():
+        if self.learner.wanted and not self.monitor.trust.labels_come():
             self.learner.cancel()
             self._telemetry.bursts["cancelled"].inc()
             log.info("burst without a version", result="cancelled", reason="no labels to learn from")
@@ -76,7 +76,7 @@ class Actions:
             # cool-down; the slow loop goes on. What never answered a record did no harm and isn't counted as a trip.
             if self.trusted:
                 self._count_trip(verdict)
-                self.monitor.raise_bar()
+                self.monitor.trust.raise_bar()
             log.info("fast adaptation reset", reason=verdict, served=self.trusted)
             self.resident.reset_fast()
             self.monitor.forget_fast()

@@ -92,16 +92,28 @@ def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda tex
         )
     from daemon.streams.simbundle import ensure_bundle
 
-    return open_bundle(ensure_bundle(settings.state_dir, settings.source, settings.detect.name, progress))
+    return open_bundle(
+        ensure_bundle(settings.state_dir, settings.source, settings.detect.name, settings.detect.arl0, progress)
+    )
 
 
 def dead_letters_url(settings: Settings) -> str:
-    """Beside the source where that is Kafka, else a file."""
+    """Beside the source where that is Kafka, else a file in the state's folder, which is made.
+
+    Raises:
+        SettingsError: the folder can't be made.
+    """
     if settings.dead_letters:
         return settings.dead_letters
     if settings.source.startswith("kafka:"):
         return settings.source.rstrip("/") + ".dead-letters"
-    return "null:" if is_simulated(settings) else f"file:{settings.state_dir / 'dead-letters.jsonl'}"
+    if is_simulated(settings):
+        return "null:"
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError([f"HOMEOSTAT_STATE_DIR={settings.state_dir}: {error.strerror}"]) from None
+    return f"file:{settings.state_dir / 'dead-letters.jsonl'}"
 
 
 def open_label_stream(settings: Settings) -> LabelSource | None:
@@ -167,6 +179,7 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
             guard=settings.guard,
             detector=settings.detect.name,
             prior=None if prior is None else prior.cpu().numpy(),
+            labelled=bool(settings.labels) or is_simulated(settings),
         )
     except (ValueError, KeyError) as error:
         raise _advice("HOMEOSTAT_DETECT", settings.detect.name, error) from None
@@ -213,6 +226,12 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
             "torch": torch.__version__,
         }
     )
+    if bundle.calibration["arl0"] != settings.detect.arl0:
+        log.warning(
+            "the bundle's detectors are calibrated for another HOMEOSTAT_DETECT__ARL0: pack it again to change that",
+            asked=settings.detect.arl0,
+            bundle=bundle.calibration["arl0"],
+        )
     log.info(
         "assembled",
         bundle=str(bundle.path),

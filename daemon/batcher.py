@@ -39,7 +39,7 @@ class Batcher:
             if not len(polled):
                 return None
             self._held = polled
-        if polled_more := len(self._held) < rows:
+        if polled_more := len(self._held) < rows and not self._source.ended:
             wait = min(idle_s, max(self._linger_s, 0.001))
             more = self._source.poll(rows - len(self._held), 0.0 if self._source.at_end() and not wait else wait)
             if polled_more := len(more) > 0:

@@ -42,6 +42,8 @@ def check(settings: Settings) -> int:
         for part in (worker.source, worker.sink, worker.labels):
             if hasattr(part, "check"):
                 attempt(part.check)
+        if settings.source.startswith("file:"):
+            attempt(lambda: worker.source.open(None))
         attempt(lambda: warm_up(worker))
         for part in (worker.source, worker.sink, worker.labels):
             if part is not None:

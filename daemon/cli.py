@@ -176,7 +176,26 @@ def _run(arguments: argparse.Namespace) -> int:
         raise SettingsError([f"--report={arguments.report}: no such folder"])
     from daemon.running import run
 
-    return run(settings, max_records=arguments.max_records, report=arguments.report)
+    try:
+        code = run(settings, max_records=arguments.max_records, report=arguments.report)
+    except SystemExit as forced:
+        code = int(forced.code or 0)
+    _leave_if_learning(code)
+    return code
+
+
+def _leave_if_learning(code: int) -> None:
+    """End the process now if the learner's thread still runs: all that has to be kept is on disk.
+
+    Nothing can stop an import of torch's compiler half way, and an interpreter that shuts down under it aborts.
+    """
+    import os
+    import threading
+
+    if any(thread.name.startswith("learner") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _check(arguments: argparse.Namespace) -> int:

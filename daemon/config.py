@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args
@@ -21,6 +22,9 @@ from daemon.settings import PREFIX, Method, Settings
 
 RESERVED = frozenset(PREFIX + name for name in ("DATA", "GOLDEN", "TEST_KAFKA", "REQUIRE_ALL", "LONG", "KAFKA_CACHE"))
 """Variables of the test suite and of the trial broker: allowed, not settings of the daemon."""
+
+_SECRET = re.compile("PASS|SECRET|TOKEN|KEY$", re.IGNORECASE)
+"""Names whose values are never printed, misspelt ones included."""
 
 _SHORT_FORMS = {"fast": "name", "detect": "name", "slow": "name", "checkpoint": "dir"}
 
@@ -124,7 +128,7 @@ def _line(error: Any) -> str:
         name = (PREFIX + "__".join(path)).upper()
     variable = listed.get(name)
     right = f"; right would be {variable.kind}, default {variable.default or 'empty'}" if variable else ""
-    if "password" in name.lower():
+    if _SECRET.search(name):
         return f"{name}=***: {error['msg']}{right}"
     return f"{name}={error['input']}: {error['msg'][:1].lower()}{error['msg'][1:]}{right}"
 

@@ -56,6 +56,14 @@ def _finite(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[
     }
 
 
+class _Forward(logging.Handler):
+    """Passes what libraries log on to the one structured log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        structlog.get_logger(record.name).log(record.levelno, record.getMessage(), logger=record.name)
+
+
 def configure(level: str, form: str, status: StatusLine | None = None) -> None:
     """Set up logging for the process. ``form`` is auto, json or text."""
     out = status if status is not None else StatusLine(sys.stderr)
@@ -75,8 +83,6 @@ def configure(level: str, form: str, status: StatusLine | None = None) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=out),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
-    # kafka-python logs through the standard library, and loudly: only what is worth an operator's eye.
-    logging.basicConfig(
-        level=max(number, logging.WARNING), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    # kafka-python logs through the standard library, and loudly: only its errors are worth an operator's eye.
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[_Forward()], force=True)
     logging.getLogger("kafka").setLevel(logging.ERROR)

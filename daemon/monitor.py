@@ -12,27 +12,22 @@ from typing import Any
 import numpy as np
 
 import detectors
-from daemon.evidence import HarmEvidence
 from daemon.guard import Guard, GuardLimits
 from daemon.labels import Joined
-from daemon.records import F32, F64, Bools
+from daemon.records import F32, F64
 from daemon.resident import Predicted
-from daemon.signals import Level, divergence
+from daemon.runs import Runs
+from daemon.signals import Level, blend, divergence
+from daemon.trust import Trust
 
 LEVEL_ROWS = 256
 """Memory of a signal's level, in rows; `homeostat pack` measures the bands for it."""
+MEAN_ROWS = 4 * LEVEL_ROWS
+"""Memory of the mean prediction, in rows."""
 ERROR_ROWS = 128
 """Memory of the error level, in labelled rows."""
 MIN_LABELS = 32
 """Labelled rows before the error speaks for the signals."""
-BENEFIT_LEVEL = 0.05
-"""Chance that a fast adaptation that is no better gets served on labelled evidence."""
-MIN_BENEFIT_LEVEL = 1e-6
-"""Where that level ends after many failures; a promotion puts it back."""
-LABEL_SILENCE_ROWS = 5_000
-"""Rows without any label after which the stream counts as unlabelled."""
-MAX_DIVERGENCE = 0.05
-"""Jensen-Shannon divergence (bits) of the recent mean prediction from the class prior: above, classes come in runs."""
 COMPENSATED = ("feature_shift", "output_shift", "entropy")
 """Signals that adaptation can bring back; the input's own shift stays, whatever the model does."""
 
@@ -49,6 +44,7 @@ class Monitor:
         guard: GuardLimits,
         detector: str,
         prior: np.ndarray | None,
+        labelled: bool = False,
     ) -> None:
         self.task = task
         self.names = names
@@ -62,14 +58,12 @@ class Monitor:
         }
         self.levels = {name: Level(LEVEL_ROWS) for name in names}
         self.errors = {name: Level(ERROR_ROWS) for name in ("served", "version", "frozen")}
-        self._disagreement = Level(LEVEL_ROWS)
         self._prior = None if prior is None else np.asarray(prior, np.float64)
         self._mean_p: F64 | None = None
         self.fast_guard = Guard(guard, prior=self._prior)
         self.slow_guard = Guard(guard, prior=self._prior)
-        self._benefit = HarmEvidence()
-        self._bar = -math.log(BENEFIT_LEVEL)
-        self._since_labels = LABEL_SILENCE_ROWS + 1
+        self.trust = Trust(self._prior, labelled=labelled)
+        self._slow_runs = Runs()
         self.alarms: list[str] = []
         """Signals that alarmed since the last reading; labels may raise one while no row comes."""
 
@@ -77,18 +71,16 @@ class Monitor:
         """Take in one batch; returns the fast guard's reason when the adapted answers must not be used."""
         rows, adapted = predicted.rows, predicted.adapted_rows
         count = len(rows.prediction)
-        self._since_labels += count
         for column, name in enumerate(self.names):
             values = rows.signals[:, column]
             self.levels[name].update(values)
             if self.detectors[name].update_many(values.astype(np.float64)):
                 self.alarms.append(name)
         if rows.mean_p is not None and np.isfinite(rows.mean_p).all():
-            self._mean_p = _blend(self._mean_p, rows.mean_p, count)
+            self._mean_p = blend(self._mean_p, rows.mean_p, count, MEAN_ROWS)
+        self.trust.observe(predicted, count)
         if adapted is None:
             return self.fast_guard.verdict()
-        both = np.isfinite(predicted.version)
-        self._disagreement.update((predicted.adapted != predicted.version)[both].astype(np.float64))
         self.fast_guard.observe(
             rows=count,
             finite=adapted.finite(),
@@ -96,7 +88,7 @@ class Monitor:
             mean_p_frozen=_double(predicted.version_mean_p),
         )
         # Labels are the truth: while they come, the proxy has no say.
-        if predicted.proxy is not None and not self.labels_come() and np.isfinite(predicted.proxy).all():
+        if predicted.proxy is not None and not self.trust.labels_come() and np.isfinite(predicted.proxy).all():
             self.fast_guard.proxy(np.clip(predicted.proxy / (4 * self._bands["feature_shift"]["scale"]), -1.0, 1.0))
         return self.fast_guard.verdict()
 
@@ -120,7 +112,7 @@ class Monitor:
             number: the present version.
             fast: whether the fast adaptation is what serves now.
         """
-        self._since_labels = 0
+        self.trust.label_came()
         losses = {name: self.loss(getattr(joined, name), joined.y) for name in (*self.errors, "adapted")}
         if self.detectors["error"].update_many(np.clip(losses["served"], 0, 10)) and "error" not in self.alarms:
             self.alarms.append("error")
@@ -129,36 +121,20 @@ class Monitor:
         self.errors["served"].update(losses["served"][current])
         self.errors["version"].update(losses["version"][same_version])
         self.errors["frozen"].update(losses["frozen"])
-        harm = _known(losses["adapted"] - losses["version"], now)
-        if len(harm):
-            self.fast_guard.paired(harm)
-            self._benefit.update(-harm)
-        if len(version_harm := _known(losses["version"] - losses["frozen"], same_version)) and number:
-            self.slow_guard.paired(version_harm)
-
-    def raise_bar(self) -> None:
-        """What was served and shown to harm has to show more before it is served again: the level is halved."""
-        self._bar = min(self._bar + math.log(2), -math.log(MIN_BENEFIT_LEVEL))
-
-    def labels_come(self) -> bool:
-        """Whether the stream is labelled: a label came within the last ``LABEL_SILENCE_ROWS`` rows."""
-        return self._since_labels <= LABEL_SILENCE_ROWS
+        harm = losses["adapted"] - losses["version"]
+        known = now & np.isfinite(harm)
+        if known.any():
+            self.fast_guard.paired(harm[known].clip(-1.0, 1.0))
+            self.trust.weigh(joined.y[known], -harm[known].clip(-1.0, 1.0))
+        harm = losses["version"] - losses["frozen"]
+        known = same_version & np.isfinite(harm)
+        if number and known.any():
+            # A version is judged by all classes: one run of the class that it is bad at must not end it.
+            self.slow_guard.paired(self._slow_runs.means(joined.y[known], harm[known].clip(-1.0, 1.0)))
 
     def trusted(self) -> bool:
-        """Whether the fast adaptation has earned to be served.
-
-        With labels it must be shown to be better than the version beneath it (an anytime-valid test, level
-        ``BENEFIT_LEVEL``). Without labels nothing proves it: then it is trusted only while the version's own answers
-        spread over the classes about as the reference does, because statistics of a run of one class are not those of
-        the stream. See Boudiaf et al. 2022 and Gong et al. 2022 on label-correlated streams.
-        """
-        if self.fast_guard.verdict() is not None:
-            return False
-        if self.labels_come():
-            return self._benefit.log_peak >= self._bar
-        if self._prior is None:
-            return True
-        return self._mean_p is not None and divergence(self._mean_p, self._prior) <= MAX_DIVERGENCE
+        """Whether the fast adaptation may answer records; else it runs in shadow."""
+        return self.fast_guard.verdict() is None and self.trust.earned()
 
     def deviations(self) -> dict[str, float]:
         """How far each level is above its reference, in units of its band; NaN before the first value."""
@@ -191,7 +167,7 @@ class Monitor:
     def signals(self) -> dict[str, float]:
         """Current levels for the metrics."""
         values = {name: level.value for name, level in self.levels.items()}
-        values["disagreement"] = self._disagreement.value
+        values["disagreement"] = self.trust.disagreement.value
         if self._prior is not None:
             values["class_divergence"] = math.nan if self._mean_p is None else divergence(self._mean_p, self._prior)
         return values
@@ -217,8 +193,7 @@ class Monitor:
     def forget_fast(self) -> None:
         """The fast adaptation starts again from nothing: the evidence for and against it is void."""
         self.fast_guard.reset()
-        self._benefit = HarmEvidence()
-        self._disagreement.reset()
+        self.trust.reset()
 
     def forget_served(self) -> None:
         """Another function serves: what was measured of the one before doesn't count for it."""
@@ -231,8 +206,9 @@ class Monitor:
         """The version changed, and with it everything above."""
         self.forget_fast()
         self.forget_served()
-        self._bar = -math.log(BENEFIT_LEVEL)
+        self.trust.forget_failures()
         self.slow_guard.reset()
+        self._slow_runs.reset()
         self.errors["version"].reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,14 +216,12 @@ class Monitor:
         return {
             "levels": {name: level.state_dict() for name, level in self.levels.items()},
             "errors": {name: level.state_dict() for name, level in self.errors.items()},
-            "disagreement": self._disagreement.state_dict(),
             "mean_p": self._mean_p,
             "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
             "fast_guard": self.fast_guard.state_dict(),
             "slow_guard": self.slow_guard.state_dict(),
-            "benefit": self._benefit.state_dict(),
-            "bar": self._bar,
-            "since_labels": self._since_labels,
+            "trust": self.trust.state_dict(),
+            "slow_runs": self._slow_runs.state_dict(),
             "alarms": list(self.alarms),
         }
 
@@ -256,28 +230,13 @@ class Monitor:
         for group, items in (("levels", self.levels), ("errors", self.errors), ("detectors", self.detectors)):
             for name, item in items.items():
                 item.load_state_dict(state[group][name])
-        self._disagreement.load_state_dict(state["disagreement"])
         self._mean_p = state["mean_p"]
         self.fast_guard.load_state_dict(state["fast_guard"])
         self.slow_guard.load_state_dict(state["slow_guard"])
-        self._benefit.load_state_dict(state["benefit"])
-        self._bar = float(state["bar"])
-        self._since_labels = int(state["since_labels"])
+        self.trust.load_state_dict(state["trust"])
+        self._slow_runs.load_state_dict(state["slow_runs"])
         self.alarms = list(state["alarms"])
-
-
-def _blend(mean_p: F64 | None, batch: F32, rows: int) -> F64:
-    """Mean prediction over about the last ``4 * LEVEL_ROWS`` rows."""
-    keep = math.exp(-rows / (4 * LEVEL_ROWS))
-    new = batch.astype(np.float64)
-    return new if mean_p is None else keep * mean_p + (1 - keep) * new
 
 
 def _double(mean_p: F32 | None) -> F64 | None:
     return None if mean_p is None else mean_p.astype(np.float64)
-
-
-def _known(difference: F64, rows: Bools) -> F64:
-    """The paired differences of ``rows`` where both models ran, within the tests' range."""
-    known: F64 = difference[rows & np.isfinite(difference)].clip(-1.0, 1.0)
-    return known

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from daemon.guard import GuardLimits
-from daemon.regulator import RegulatorLimits
+from daemon.guard_limits import GuardLimits
+from daemon.regulator_types import RegulatorLimits
 
 PREFIX = "HOMEOSTAT_"
 
@@ -43,7 +43,7 @@ class Detection(Section):
     name: str = "cusum"
     """Detector by name: cusum, adwin. HOMEOSTAT_DETECT=adwin is the short form."""
     arl0: float = Field(200_000, ge=100)
-    """Mean rows between false alarms of all watched signals together, in a world without drift."""
+    """Mean rows between false alarms of all watched signals together. `homeostat pack` calibrates for it."""
 
 
 class Slow(Section):

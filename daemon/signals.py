@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapters.reference import Reference
-from daemon.records import F32
+from daemon.records import F32, F64
 
 CLASSIFICATION = ("input_shift", "feature_shift", "entropy")
 REGRESSION = ("input_shift", "feature_shift", "output_shift")
@@ -113,6 +113,13 @@ def divergence(mean_p: np.ndarray, prior: np.ndarray) -> float:
     p, q = p / p.sum(), q / q.sum()
     middle = (p + q) / 2
     return float(((p * np.log2(p / middle)).sum() + (q * np.log2(q / middle)).sum()) / 2)
+
+
+def blend(mean_p: F64 | None, batch_p: F32, rows: int, memory_rows: float) -> F64:
+    """Exponential mean (K,) over about ``memory_rows`` rows after ``rows`` more with the mean ``batch_p``."""
+    keep = math.exp(-rows / memory_rows)
+    new = batch_p.astype(np.float64)
+    return new if mean_p is None else keep * mean_p + (1 - keep) * new
 
 
 class Level:

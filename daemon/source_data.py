@@ -38,7 +38,8 @@ def read_rows(path: Path) -> tuple[F32, F64]:
 
 
 def _npz(path: Path) -> tuple[F32, F64]:
-    with np.load(path, allow_pickle=False) as data:
+    # Opened here: of a damaged archive numpy leaves its own file open.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
         if missing := {"x", "y"} - set(data.files):
             raise ValueError(f"has no array {' and '.join(sorted(missing))}; it holds {', '.join(data.files)}")
         with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and the row is left out

@@ -62,7 +62,15 @@ class KafkaSink:
             acks="all",
         )
 
-    check = open
+    def check(self) -> None:
+        """Reach the broker; nothing is created.
+
+        Raises:
+            StreamError: when it can't be reached.
+        """
+        address = self._address or self._dead
+        if address is not None:
+            connect(KafkaAdminClient, address, self._settings).close()
 
     def _create_missing(self, address: Address) -> None:
         admin = connect(KafkaAdminClient, address, self._settings)

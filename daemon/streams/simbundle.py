@@ -13,14 +13,18 @@ _REFERENCE_ROWS, _CALIBRATION_ROWS = 4_096, 16_384
 
 
 def ensure_bundle(
-    state_dir: Path, source: str, detector: str = "cusum", progress: Callable[[str], None] = lambda text: None
+    state_dir: Path,
+    source: str,
+    detector: str = "cusum",
+    arl0: float = 200_000,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """The folder of the bundle for this simulator's seed and this detector; made when it is not there.
+    """The folder of the bundle for this simulator's seed, detector and rate of false alarms; made when not there.
 
     Its rows are drawn from the fresh array: one draw to train on, another as reference, a third to calibrate.
     """
     seed = SimOptions.parse(source).seed
-    path = state_dir / f"simulator-{__version__}-seed{seed}-{detector}"
+    path = state_dir / f"simulator-{__version__}-seed{seed}-{detector}-{arl0:g}"
     if (path / "manifest.json").is_file():
         return path
     from daemon.packing import pack

@@ -158,9 +158,7 @@ def main() -> None:
             rates["daemon, fast"].append(fast["rate"])
             fast_share.append(fast["fast"])
             print(f"round {number + 1}: " + ", ".join(f"{name} {found[-1]:,.0f}/s" for name, found in rates.items()))
-    print(
-        f"\n{count:,} JSON records of about 200 bytes, one partition, batches of 512, {arguments.rounds} rounds"
-    )
+    print(f"\n{count:,} JSON records of about 200 bytes, one partition, batches of 512, {arguments.rounds} rounds")
     print(f"{'':<16} {'records/s':>10} {'to bare loop':>13} {'worst':>7} {'best':>7}")
     for name, found in rates.items():
         ratios = [mine / bare for mine, bare in zip(found, rates["bare loop"], strict=True)]

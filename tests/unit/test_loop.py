@@ -86,7 +86,7 @@ def test_a_steady_world_costs_one_forward_a_batch(tmp_path: Path) -> None:
     calls: list[int] = []
     made.loop.resident.frozen.register_forward_hook(lambda *_: calls.append(1))
     for batch in range(5):
-        made.loop.process(raw(records(16, first=16 * batch), first=16 * batch))
+        made.loop.process(raw(records(16, seed=batch, first=16 * batch), first=16 * batch))
     assert len(calls) == 5 and made.loop.regulator.state.value == "steady"
 
 
@@ -164,14 +164,14 @@ def test_an_idle_stream_reads_no_further_into_endless_labels_than_its_own_time(t
 def test_an_alarm_raised_by_labels_of_an_idle_stream_is_a_drift_at_the_next_batch(tmp_path: Path) -> None:
     made = worker(tmp_path)
     made.loop.labels = MemoryLabels()
-    x, y = source_rows(600, seed=5)
-    for start in range(0, 600, 100):
-        made.loop.process(decoded(x[start : start + 100], start))
+    x, y = source_rows(128, seed=6)
+    made.loop.process(decoded(x))
+    assert made.loop.tally.drifts == 0
     wrong = [(int(label) + 1) % 3 for label in y]
-    made.loop.labels = MemoryLabels(Labels([str(row) for row in range(600)], wrong, [0.0] * 600))
+    made.loop.labels = MemoryLabels(Labels([str(row) for row in range(128)], wrong, [0.0] * 128))
     made.loop.idle()
     assert made.loop.monitor.alarms == ["error"]
-    made.loop.process(decoded(x[:16], 600))
+    made.loop.process(decoded(x[:16], 128))
     assert made.telemetry.drifts["error"]._value.get() == 1
     assert made.loop.monitor.alarms == []
 
@@ -189,7 +189,7 @@ def simulated(folder: Path) -> Worker:
         folder,
         fast={"name": "ema_norm", "memory_rows": 100},
         slow={"inline": True, "steps": 3, "min_labels": 32, "holdout_rows": 32, "optimizer": "sgd", "lr": 0.05},
-        regulator={"patience": 1},
+        regulator={"patience_rows": 32},
     )
 
 
@@ -210,7 +210,6 @@ def test_a_state_from_the_middle_of_a_run_continues_to_the_bit(tmp_path: Path) -
         again.loop.process(batch)
     assert again.sink.values == through.sink.values[seen:]
     assert digest(again.state_dict()) == digest(through.state_dict())
-    assert through.loop.tally.drifts >= 1
     assert sum(child._value.get() for child in through.telemetry.bursts.values()) >= 1
 
 

@@ -203,7 +203,5 @@ def decoded(x: np.ndarray, first: int = 0) -> RawBatch:
     made = raw([b""] * len(x), first)
     made.values = []
     names = [str(row) for row in made.offsets]
-    made.batch = Batch(
-        names, x, [None] * len(x), np.full(len(x), 1000.0), np.ones(len(x), bool), list(range(len(x)))
-    )
+    made.batch = Batch(names, x, [None] * len(x), np.full(len(x), 1000.0), np.ones(len(x), bool), list(range(len(x))))
     return made
