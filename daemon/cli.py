@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument(
         "--rate", type=float, default=0.0, metavar="R", help="rows per second; 0: as fast as possible"
     )
+    simulate.add_argument("--bundle", type=Path, metavar="FOLDER", help="also pack the simulator's own model there")
     simulate.add_argument("--seed", type=int, default=7, metavar="N", help="seed of the array (7)")
     return parser
 
@@ -262,6 +263,10 @@ def _broker(arguments: argparse.Namespace) -> int:
 def _simulate(arguments: argparse.Namespace) -> int:
     from daemon.simulating import simulate
 
+    if arguments.bundle is not None:
+        from daemon.streams.simbundle import make_bundle
+
+        make_bundle(arguments.bundle, arguments.seed, progress=lambda text: print(text, file=sys.stderr, flush=True))
     return simulate(arguments.to, arguments.labels_to, arguments.records, arguments.rate, arguments.seed)
 
 

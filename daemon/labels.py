@@ -104,6 +104,10 @@ class LabelJoin:
         """Whether labels that are due may still be unread: nothing is held that lies ahead of the stream."""
         return not self._held or self._held[-1][0] <= self.now
 
+    def has_room(self) -> bool:
+        """Whether fewer labels are held for later than rows fit into the window."""
+        return len(self._held) < self.window
+
     def offer(self, labels: Labels) -> None:
         """Take labels as they come; they count from their time on."""
         self._held.extend(zip(labels.times_s, labels.ids, labels.y, strict=True))

@@ -225,7 +225,8 @@ class Learner:
             "replay": copy.deepcopy(self.replay.state_dict()),
             "holdout": copy.deepcopy(self.holdout.state_dict()),
             "bursts": self._bursts,
-            "fresh": self._fresh,
+            # A burst under way is lost with the process: its labels count as fresh again.
+            "fresh": self._fresh if self._thread is None else self.settings.min_labels,
             "wanted": self.wanted or self._thread is not None,
         }
 

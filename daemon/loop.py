@@ -8,7 +8,6 @@ An answer never depends on its own label, and is scored as it was emitted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,7 +80,7 @@ class Loop:
             predicted.version = predicted.rows.prediction
         if not predicted.rows.finite() and self.resident.current.number:
             self.actions.version_harm = True
-            predicted.rows = self.resident.measure_frozen(x)
+            predicted.rows, predicted.number = self.resident.measure_frozen(x), 0
         return predicted
 
     def _answer(self, raw: RawBatch, batch: Batch, predicted: Predicted | None, clean: bool) -> None:
@@ -89,7 +88,7 @@ class Loop:
             if letter.offset >= self.emit_from.get(letter.partition, 0):
                 self.sink.send_dead(letter)
         ids = batch.ids if clean else [name for name, fine in zip(batch.ids, batch.valid, strict=True) if fine]
-        values = self._encode(ids, predicted.rows) if predicted is not None else []
+        values = self._encode(ids, predicted.rows, predicted.number) if predicted is not None else []
         if not clean:
             fine = iter(values)
             values = [
@@ -102,8 +101,8 @@ class Loop:
         self.sink.send(keys, values)
         self.telemetry.records_out.inc(len(values))
 
-    def _encode(self, ids: list[str], rows: Rows) -> list[bytes]:
-        version, state = self.resident.current.number, self.regulator.state.value
+    def _encode(self, ids: list[str], rows: Rows, version: int) -> list[bytes]:
+        state = self.regulator.state.value
         finite = rows.finite()
         prediction = rows.prediction if finite else np.nan_to_num(rows.prediction)
         probabilities = rows.probabilities if self.probabilities else None
@@ -142,7 +141,8 @@ class Loop:
         ids = batch.ids if clean else [batch.ids[row] for row in rows]
         times = batch.times_s if clean else batch.times_s[batch.valid]
         facts = np.empty((len(ids), len(FACTS)), np.float32)
-        facts[:, 0], facts[:, 1] = predicted.rows.prediction, predicted.adapted
+        served = np.where(np.isfinite(predicted.rows.confidence), predicted.rows.prediction, np.nan)
+        facts[:, 0], facts[:, 1] = served, predicted.adapted
         facts[:, 2], facts[:, 3], facts[:, 4] = predicted.version, predicted.frozen, predicted.weight
         facts[:, 5], facts[:, 6] = self.resident.epoch, self.resident.current.number
         facts[:, 7] = predicted.served_adapted
@@ -174,8 +174,8 @@ class Loop:
     def idle(self) -> None:
         """The stream has no more for now: labels that wait for its time are due by the wall clock."""
         if self.join is not None and self.labels is not None:
-            # A recorded or simulated label stream may have no end: read no further ahead than the stream's time.
-            while self.join.wants_more() and len(labels := self.labels.poll(0.0)):
+            # A simulated label stream has no end: what is read ahead is bounded by the window.
+            while self.join.has_room() and len(labels := self.labels.poll(0.0)):
                 self.join.offer(labels)
             if self.labels.at_end():
                 self._labelled(self.join.due(time.time()))
@@ -217,11 +217,10 @@ class Loop:
         self.tally.batch(len(raw), len(batch.invalid), len(batch.dead))
         telemetry.progress_time.set(now)
 
-    def report(self, lag: Callable[[], int | None]) -> None:
+    def report(self, lag: int | None) -> None:
         """Bring the gauges up to date; for whoever is about to read them, not for the hot path."""
         telemetry, monitor = self.telemetry, self.monitor
-        known = lag()
-        telemetry.lag.set(float("nan") if known is None else known)
+        telemetry.lag.set(float("nan") if lag is None else lag)
         telemetry.gain.set(self.resident.adapter.gain)
         telemetry.version.set(self.resident.current.number)
         for name, value in monitor.signals().items():

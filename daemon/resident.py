@@ -47,6 +47,8 @@ class Predicted:
     """(B,) prediction of the frozen model."""
     weight: F32
     """(B,) one over the chance that the twins ran on a row."""
+    number: int = 0
+    """Which version answers."""
     served_adapted: bool = False
     adapt_seconds: float | None = None
     adapted_rows: Rows | None = None
@@ -142,7 +144,7 @@ class Resident:
         else:
             rows = twin = adapted if adapted is not None and not differs else self.measure_version(x_B)
             version = rows.prediction
-        predicted = Predicted(rows, blank, version, version, weight, served_adapted, seconds)
+        predicted = Predicted(rows, blank, version, version, weight, self.current.number, served_adapted, seconds)
         if adapted is not None and differs:
             predicted.adapted, predicted.adapted_rows = adapted.prediction, adapted
             if len(sampled):

@@ -14,6 +14,7 @@ from daemon import checkpoint
 from daemon.assembly import Worker, checkpoint_folder, warm_up
 from daemon.batcher import Batcher
 from daemon.errors import CheckpointError, DeliveryError
+from daemon.progress import Progress
 from daemon.records import RawBatch
 from daemon.streams.base import PatientSink, SharedSource
 from daemon.streams.resume import note_of
@@ -23,6 +24,7 @@ log = structlog.get_logger("homeostat.service")
 
 IDLE_S = 0.1
 FLUSH_S = 5.0
+LAG_S = 0.5
 FORCED_EXIT = 130
 
 
@@ -37,10 +39,11 @@ class Service:
         self._sequence = 0
         self._stop = threading.Event()
         self._warm = False
-        self._waiting: str | None = None
-        self._progress = time.monotonic()
+        self.progress = Progress(worker.settings.progress_timeout_s, worker.telemetry.progress_time)
         self.done = 0
         """Records of this run."""
+        self._lag: int | None = None
+        self._lag_at = 0.0
         self.first_at: float | None = None
         """When the first of them was taken in hand, by the monotonic clock."""
         self._batches = 0
@@ -59,7 +62,7 @@ class Service:
         """
         worker = self.worker
         if worker.settings.http != "off":
-            self.web = Web(worker.settings.http, worker.telemetry.registry, self.alive, self.ready)
+            self.web = Web(worker.settings.http, worker.telemetry.registry, self.progress.alive, self.ready)
             self.web.before_scrape = self._refresh
             self.web.start()
         positions, label_positions = self._restore()
@@ -120,7 +123,9 @@ class Service:
         self._follow_rebalance()
         if raw is not None and len(raw):
             self._process(raw)
-            self._moved()
+            self.progress.moved()
+            if time.monotonic() - self._lag_at > LAG_S:
+                self._ask_lag()
         elif not self._batcher.held:
             self._idle()
         if self._checkpoint_due():
@@ -141,24 +146,21 @@ class Service:
 
     def _idle(self) -> None:
         """Nothing to read. Without lag that is progress; with lag it is not, unless a broker is away or rebalancing."""
-        lag = self.worker.source.lag()
+        lag = self._ask_lag()
         if not lag or not self.worker.source.ready():
-            self._moved()
+            self.progress.moved()
         if lag == 0:
             self.worker.loop.idle()
         self.on_batch()
 
-    def _moved(self) -> None:
-        self._progress = time.monotonic()
-        self._waiting = None
-        self.worker.telemetry.progress_time.set(time.time())
+    def _ask_lag(self) -> int | None:
+        # Here alone: the source's client is not for two threads, and a scrape comes in another.
+        self._lag, self._lag_at = self.worker.source.lag(), time.monotonic()
+        return self._lag
 
     def _wait_for_sink(self, reason: str) -> None:
         """The sink can't take more. The process is alive and says so; it is just not ready."""
-        if self._waiting is None:
-            log.warning("waiting for the sink", reason=reason)
-        self._waiting = reason
-        self._progress = time.monotonic()
+        self.progress.wait(reason)
         if self._drain_until is not None and time.monotonic() > self._drain_until:
             raise DeliveryError(f"not delivered before the drain's end: {reason}; nothing is committed past it")
 
@@ -204,7 +206,7 @@ class Service:
         except TimeoutError as error:
             self._wait_for_sink(str(error))
             return False
-        self._waiting = None
+        self.progress.waiting = None
         if self.store is not None:
             self._sequence += 1
             snapshot = checkpoint.Snapshot(
@@ -273,26 +275,19 @@ class Service:
         if self.web is not None:
             self.web.stop()
 
-    def alive(self) -> tuple[bool, str]:
-        """Progress, not existence: an offset moved, or there is no lag, or a broker or sink is being waited for."""
-        age = time.monotonic() - self._progress
-        if age > self.worker.settings.progress_timeout_s:
-            return False, f"no progress for {age:.0f} s"
-        return True, f"progress {age:.1f} s ago"
-
     def ready(self) -> tuple[bool, str]:
         """Model warm, source assigned and reachable, sink taking answers."""
         if not self._warm:
             return False, "starting"
         if self._stop.is_set():
             return False, "draining"
-        if self._waiting is not None:
-            return False, f"waiting for the sink: {self._waiting}"
+        if self.progress.waiting is not None:
+            return False, f"waiting for the sink: {self.progress.waiting}"
         if not self.worker.source.ready():
             return False, "source not assigned or not reachable"
         return True, "ready"
 
     def _refresh(self) -> None:
         """Gauges that are read rather than counted; called before a scrape, not by the loop."""
-        self.worker.loop.report(self.worker.source.lag if self._warm else lambda: None)
+        self.worker.loop.report(self._lag)
         self.worker.telemetry.ready.set(float(self.ready()[0]))

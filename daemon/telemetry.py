@@ -5,6 +5,7 @@ The loop hands over arrays once a batch; per-record histograms are filled by one
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -161,6 +162,7 @@ class Telemetry:
             **kw,
         )
         self.ready = Gauge("homeostat_ready", "1 when the model is warm and the source assigned and reachable.", **kw)
+        self._entering = threading.Lock()
         self._since = time.monotonic()
         self._state = State.STEADY
         self.lag.set(float("nan"))
@@ -169,13 +171,14 @@ class Telemetry:
 
     def enter(self, state: State) -> None:
         """The controller is in ``state`` from now on; also call it before a scrape to bring the seconds up to date."""
-        now = time.monotonic()
-        self.state_seconds[self._state.value].inc(now - self._since)
-        self._since = now
-        if state is not self._state:
-            self.in_state[self._state].set(0)
-            self.in_state[state].set(1)
-            self._state = state
+        with self._entering:  # the loop and a scrape both call this
+            now = time.monotonic()
+            self.state_seconds[self._state.value].inc(now - self._since)
+            self._since = now
+            if state is not self._state:
+                self.in_state[self._state].set(0)
+                self.in_state[state].set(1)
+                self._state = state
 
     def labels_seen(self, **totals: int) -> None:
         """Bring the label counters to their totals; they only ever go up."""

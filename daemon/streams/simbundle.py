@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from daemon import __version__
@@ -27,15 +27,36 @@ def ensure_bundle(
     path = state_dir / f"simulator-{__version__}-seed{seed}-{detector}-{arl0:g}"
     if (path / "manifest.json").is_file():
         return path
-    from daemon.packing import pack
+    make_bundle(path, seed, watch=(detector,), arl0=arl0, progress=progress)
+    return path
+
+
+def make_bundle(
+    path: Path,
+    seed: int,
+    *,
+    watch: Sequence[str] | None = None,
+    arl0: float = 200_000,
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Train the simulator's model and pack it to ``path``; ``watch`` names the detectors to calibrate, None: all."""
+    from daemon import packing
     from daemon.streams import simmodel
     from daemon.streams.simulator import AgeingArray
 
-    progress("first start: training the simulator's model")
+    progress("training the simulator's model")
     model = simmodel.build()
     model.load_state_dict(simmodel.train(seed))
     array = AgeingArray(seed)
     x, y = array.source_data(_REFERENCE_ROWS, draw=1)
-    held = array.source_data(_CALIBRATION_ROWS, draw=2)
-    pack(path, model=model.eval(), factory=FACTORY, x=x, y=y, calibration=held, watch=(detector,), progress=progress)
-    return path
+    packing.pack(
+        path,
+        model=model.eval(),
+        factory=FACTORY,
+        x=x,
+        y=y,
+        calibration=array.source_data(_CALIBRATION_ROWS, draw=2),
+        arl0=arl0,
+        watch=packing.DETECTORS if watch is None else watch,
+        progress=progress,
+    )

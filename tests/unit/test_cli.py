@@ -16,7 +16,7 @@ FLAGS = {
     "pack": {"--factory", "--weights", "--data", "--calibration", "--out", "--task", "--head", "--seed"},
     "inspect": {"--json"},
     "broker": {"--port", "--folder"},
-    "simulate": {"--to", "--labels-to", "--records", "--rate", "--seed"},
+    "simulate": {"--to", "--labels-to", "--records", "--rate", "--seed", "--bundle"},
 }
 
 

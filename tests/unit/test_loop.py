@@ -152,13 +152,14 @@ def test_what_was_answered_before_a_restart_is_not_answered_again(tmp_path: Path
     assert made.loop.emit_from == {} and len(made.sink.dead) == 1
 
 
-def test_an_idle_stream_reads_no_further_into_endless_labels_than_its_own_time(tmp_path: Path) -> None:
-    made = worker(tmp_path)
+def test_an_idle_stream_reads_no_more_of_endless_labels_than_the_window_holds(tmp_path: Path) -> None:
+    made = worker(tmp_path, label_window=1000)
     made.loop.labels = labels = SimLabels("sim://ageing")
     labels.open(None)
     made.loop.idle()
     made.loop.idle()
-    assert labels.positions() == {"sim-labels/0": SimLabels.CHUNK}
+    assert labels.positions() == {"sim-labels/0": 2 * SimLabels.CHUNK}
+    assert made.loop.tally.labels == 0
 
 
 def test_an_alarm_raised_by_labels_of_an_idle_stream_is_a_drift_at_the_next_batch(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_while_the_sink_is_away_nothing_is_committed_and_the_service_is_alive_bu
     service.worker.sink.refusing = True
     service.turn()
     assert service.worker.source.committed == []
-    assert service.alive()[0] and service.ready() == (False, "waiting for the sink: the sink is away")
+    assert service.progress.alive()[0] and service.ready() == (False, "waiting for the sink: the sink is away")
     service.worker.sink.refusing = False
     assert service.save() and service.ready() == (True, "ready")
     assert service.worker.source.committed == [{"mem/0": 32}]
@@ -147,13 +147,13 @@ def test_a_drain_that_can_not_deliver_ends_with_code_3_and_commits_nothing(tmp_p
 
 def test_no_progress_with_lag_is_death_and_no_lag_is_progress(tmp_path: Path) -> None:
     service = started(tmp_path, progress_timeout_s=5.0)
-    service._progress -= 6.0
-    assert service.alive()[0] is False
+    service.progress._at -= 6.0
+    assert service.progress.alive()[0] is False
     service._idle()
-    assert service.alive()[0] is False
+    assert service.progress.alive()[0] is False
     service.worker.source.values = []
     service._idle()
-    assert service.alive()[0] is True
+    assert service.progress.alive()[0] is True
 
 
 def test_closing_gives_back_the_source_and_leaves_readiness(tmp_path: Path) -> None:
