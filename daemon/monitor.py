@@ -57,7 +57,7 @@ class Monitor:
             for name in (*names, "error")
         }
         self.levels = {name: Level(LEVEL_ROWS) for name in names}
-        self.errors = {name: Level(ERROR_ROWS) for name in ("served", "version", "frozen")}
+        self.errors = {name: Level(ERROR_ROWS) for name in ("served", "adapted", "version", "frozen")}
         self._prior = None if prior is None else np.asarray(prior, np.float64)
         self._mean_p: F64 | None = None
         self.fast_guard = Guard(guard, prior=self._prior)
@@ -113,12 +113,13 @@ class Monitor:
             fast: whether the fast adaptation is what serves now.
         """
         self.trust.label_came()
-        losses = {name: self.loss(getattr(joined, name), joined.y) for name in (*self.errors, "adapted")}
+        losses = {name: self.loss(getattr(joined, name), joined.y) for name in self.errors}
         if self.detectors["error"].update_many(np.clip(losses["served"], 0, 10)) and "error" not in self.alarms:
             self.alarms.append("error")
         now, same_version = joined.epoch == epoch, joined.number == number
         current = (joined.by_fast == 1) & now if fast else (joined.by_fast == 0) & same_version
         self.errors["served"].update(losses["served"][current])
+        self.errors["adapted"].update(losses["adapted"][now])
         self.errors["version"].update(losses["version"][same_version])
         self.errors["frozen"].update(losses["frozen"])
         harm = losses["adapted"] - losses["version"]
@@ -194,6 +195,7 @@ class Monitor:
         """The fast adaptation starts again from nothing: the evidence for and against it is void."""
         self.fast_guard.reset()
         self.trust.reset()
+        self.errors["adapted"].reset()
 
     def forget_served(self) -> None:
         """Another function serves: what was measured of the one before doesn't count for it."""

@@ -63,9 +63,6 @@ def status_text(service: Service, rate: float) -> str:
     """Records, rate, state, recent served and frozen accuracy, drifts: what an operator glances at."""
     loop = service.worker.loop
     errors = {name: level.value for name, level in loop.monitor.errors.items()}
-    frozen = errors["frozen"]
-    if loop.resident.current.number == 0:
-        frozen = errors["version"]
 
     def shown(error: float) -> str:
         if error != error:
@@ -76,7 +73,7 @@ def status_text(service: Service, rate: float) -> str:
     return (
         f"{loop.tally.records:>9,} records {rate:>8,.0f}/s  {loop.regulator.state.value:<8} "
         f"gain {loop.resident.adapter.gain:4.2f}  version {loop.resident.current.number}  "
-        f"{what} served {shown(errors['served'])} frozen {shown(frozen)}  drifts {loop.tally.drifts}  "
+        f"{what} served {shown(errors['served'])} frozen {shown(errors['frozen'])}  drifts {loop.tally.drifts}  "
         f"trips {loop.tally.guard_trips}"
     )
 

@@ -21,7 +21,7 @@ from daemon.streams.codecs import REASONS
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
-MODELS = ("served", "version", "frozen")
+MODELS = ("served", "adapted", "version", "frozen")
 BURSTS = ("promoted", "rejected", "failed", "cancelled")
 LABELS = ("joined", "late", "rejected")
 MODEL_NOT_FINITE = "model_not_finite"
