@@ -70,11 +70,11 @@ def status_text(service: Service, rate: float) -> str:
         return f"{1 - error:.3f}" if loop.task == "classification" else f"{error:.4f}"
 
     what = "accuracy" if loop.task == "classification" else "error"
+    # What matters most comes first: a terminal of 80 columns cuts the rest.
     return (
-        f"{loop.tally.records:>9,} records {rate:>8,.0f}/s  {loop.regulator.state.value:<8} "
-        f"gain {loop.resident.adapter.gain:4.2f}  version {loop.resident.current.number}  "
-        f"{what} served {shown(errors['served'])} frozen {shown(errors['frozen'])}  drifts {loop.tally.drifts}  "
-        f"trips {loop.tally.guard_trips}"
+        f"{loop.tally.records:>9,} records {rate:>7,.0f}/s {loop.regulator.state.value:<8} "
+        f"{what} {shown(errors['served'])} frozen {shown(errors['frozen'])} drifts {loop.tally.drifts} "
+        f"version {loop.resident.current.number} gain {loop.resident.adapter.gain:4.2f} trips {loop.tally.guard_trips}"
     )
 
 
