@@ -68,6 +68,8 @@ class KafkaSource:
         self._consumer: Any = None
         self._file: Positions = {}
         self._placed: set[TopicPartition] = set()
+        self._leaving: set[TopicPartition] = set()
+        """Revoked, and still ours to commit until the next poll rejoins."""
         self._starts: dict[str, Start] = {}
         self.checkpoint_id = ""
         """Line of descent of the checkpoint that `open` gets its positions from."""
@@ -198,6 +200,7 @@ class KafkaSource:
         """Partitions given up since the last call: (revoked: finish and commit them, lost: drop them)."""
         revoked, lost = set(map(name_of, self._listener.revoked)), set(map(name_of, self._listener.lost))
         self._placed -= {*self._listener.revoked, *self._listener.lost}
+        self._leaving = set(self._listener.revoked)
         self._listener.revoked.clear()
         self._listener.lost.clear()
         return revoked, lost
@@ -230,8 +233,10 @@ class KafkaSource:
         offsets = {}
         for name, offset in positions.items():
             topic, _, number = name.rpartition("/")
-            if topic == self._address.topic:
-                offsets[TopicPartition(topic, int(number))] = OffsetAndMetadata(offset, note, -1)
+            partition = TopicPartition(topic, int(number)) if topic == self._address.topic else None
+            # A checkpoint remembers partitions that are another worker's by now: its offsets must not go backwards.
+            if partition in self._placed or partition in self._leaving:
+                offsets[partition] = OffsetAndMetadata(offset, note, -1)
         if not offsets:
             return
         # A partition that moves away and comes back goes on from here, not from the checkpoint of the start.
