@@ -16,7 +16,7 @@ import numpy as np
 from daemon.records import F32, Labels
 
 UNKNOWN = np.float32(np.nan)
-FACTS = ("served", "adapted", "version", "frozen", "weight", "epoch", "number", "by_fast")
+FACTS = ("served", "adapted", "version", "frozen", "weight", "epoch", "number", "by_fast", "confidence")
 """What is remembered of a row besides its input, in the order of `Joined`."""
 
 
@@ -42,6 +42,8 @@ class Joined:
     """Which version predicted the row."""
     by_fast: F32
     """1 where the adapted prediction is the one that was emitted."""
+    confidence: F32
+    """As it was emitted; 0 for a regression."""
 
     def __len__(self) -> int:
         return len(self.y)

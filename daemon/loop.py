@@ -145,7 +145,7 @@ class Loop:
         facts[:, 0], facts[:, 1] = served, predicted.adapted
         facts[:, 2], facts[:, 3], facts[:, 4] = predicted.version, predicted.frozen, predicted.weight
         facts[:, 5], facts[:, 6] = self.resident.epoch, self.resident.current.number
-        facts[:, 7] = predicted.served_adapted
+        facts[:, 7], facts[:, 8] = predicted.served_adapted, predicted.rows.confidence
         self.join.predicted(ids, x, facts, float(times.max()))
         if inline:
             self.join.offer(Labels([name for name, _ in inline], [y for _, y in inline], [-np.inf] * len(inline)))

@@ -60,6 +60,7 @@ class Monitor:
         self.errors = {name: Level(ERROR_ROWS) for name in ("served", "adapted", "version", "frozen")}
         self._prior = None if prior is None else np.asarray(prior, np.float64)
         self._mean_p: F64 | None = None
+        self._confidence, self._loss = Level(LEVEL_ROWS), Level(ERROR_ROWS)
         self.fast_guard = Guard(guard, prior=self._prior)
         self.slow_guard = Guard(guard, prior=self._prior)
         self.trust = Trust(self._prior, labelled=labelled)
@@ -76,6 +77,8 @@ class Monitor:
             self.levels[name].update(values)
             if self.detectors[name].update_many(values.astype(np.float64)):
                 self.alarms.append(name)
+        if rows.mean_p is not None:
+            self._confidence.update(rows.confidence)
         if rows.mean_p is not None and np.isfinite(rows.mean_p).all():
             self._mean_p = blend(self._mean_p, rows.mean_p, count, MEAN_ROWS)
         self.trust.observe(predicted, count)
@@ -119,6 +122,7 @@ class Monitor:
         now, same_version = joined.epoch == epoch, joined.number == number
         current = (joined.by_fast == 1) & now if fast else (joined.by_fast == 0) & same_version
         self.errors["served"].update(losses["served"][current])
+        self._loss.update(self._surprise(joined, losses["served"])[current])
         self.errors["adapted"].update(losses["adapted"][now])
         self.errors["version"].update(losses["version"][same_version])
         self.errors["frozen"].update(losses["frozen"])
@@ -132,6 +136,13 @@ class Monitor:
         if number and known.any():
             # A version is judged by all classes: one run of the class that it is bad at must not end it.
             self.slow_guard.paired(self._slow_runs.means(joined.y[known], harm[known].clip(-1.0, 1.0)))
+
+    def _surprise(self, joined: Joined, wrong: F64) -> F64:
+        """(n,) Brier score of the emitted answer, (confidence - right)^2, or the loss of a regression."""
+        if self.task == "regression":
+            return wrong
+        surprise: F64 = (joined.confidence.astype(np.float64) - (1.0 - wrong)) ** 2
+        return surprise
 
     def trusted(self) -> bool:
         """Whether the fast adaptation may answer records; else it runs in shadow."""
@@ -169,7 +180,9 @@ class Monitor:
         """Current levels for the metrics."""
         values = {name: level.value for name, level in self.levels.items()}
         values["disagreement"] = self.trust.disagreement.value
+        values["error"], values["loss"] = self.errors["served"].value, self._loss.value
         if self._prior is not None:
+            values["confidence"] = self._confidence.value
             values["class_divergence"] = math.nan if self._mean_p is None else divergence(self._mean_p, self._prior)
         return values
 
@@ -200,6 +213,7 @@ class Monitor:
     def forget_served(self) -> None:
         """Another function serves: what was measured of the one before doesn't count for it."""
         self.errors["served"].reset()
+        self._loss.reset()
         for name in COMPENSATED:
             if name in self.levels:
                 self.levels[name].reset()
@@ -219,6 +233,8 @@ class Monitor:
             "levels": {name: level.state_dict() for name, level in self.levels.items()},
             "errors": {name: level.state_dict() for name, level in self.errors.items()},
             "mean_p": self._mean_p,
+            "confidence": self._confidence.state_dict(),
+            "loss": self._loss.state_dict(),
             "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
             "fast_guard": self.fast_guard.state_dict(),
             "slow_guard": self.slow_guard.state_dict(),
@@ -233,6 +249,8 @@ class Monitor:
             for name, item in items.items():
                 item.load_state_dict(state[group][name])
         self._mean_p = state["mean_p"]
+        self._confidence.load_state_dict(state["confidence"])
+        self._loss.load_state_dict(state["loss"])
         self.fast_guard.load_state_dict(state["fast_guard"])
         self.slow_guard.load_state_dict(state["slow_guard"])
         self.trust.load_state_dict(state["trust"])

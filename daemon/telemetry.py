@@ -112,7 +112,12 @@ class Telemetry:
         self._state_seconds = Counter("homeostat_state_seconds_total", "Seconds spent in each state.", ["state"], **kw)
         self.state_seconds = {state.value: self._state_seconds.labels(state.value) for state in State}
         self.gain = Gauge("homeostat_gain_ratio", "The fast actuator, 0 (frozen) to 1.", **kw)
-        self._signal = Gauge("homeostat_signal", "Recent level of a signal, in its own unit.", ["signal"], **kw)
+        self._signal = Gauge(
+            "homeostat_signal",
+            "Recent level of a signal, in its own unit.",
+            ["signal"],
+            **kw,
+        )
         self.signal = {name: self._signal.labels(name) for name in signals}
         self._deviation = Gauge(
             "homeostat_signal_deviation_ratio",
