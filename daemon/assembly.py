@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 import torch
 
+import detectors
 from daemon.actions import Actions
 from daemon.bundle import Bundle, open_bundle
 from daemon.errors import SettingsError
@@ -138,6 +139,12 @@ def _advice(variable: str, value: str, error: Exception) -> SettingsError:
     return SettingsError([f"{variable}={value}: {error}"])
 
 
+def _check_detector(settings: Settings, known: Sequence[str], problem: str) -> None:
+    name = settings.detect.name
+    if name not in known:
+        raise SettingsError([f"HOMEOSTAT_DETECT={name}: {problem} {', '.join(sorted(known))}"])
+
+
 def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Worker:
     """Open the bundle and build the worker; streams are made but not opened.
 
@@ -145,7 +152,9 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
         HomeostatError: naming the variable or file and what is wrong.
     """
     torch.set_num_threads(settings.threads)
+    _check_detector(settings, detectors.names(), "there is no such detector; there are")
     bundle = load_bundle(settings, progress)
+    _check_detector(settings, list(bundle.calibration["detectors"]), "the bundle is not calibrated for it, but for")
     manifest = bundle.manifest
     task, shape = manifest.task, tuple(manifest.input_shape)
     try:
