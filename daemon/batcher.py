@@ -12,7 +12,7 @@ from collections.abc import Callable
 from daemon.records import RawBatch
 from daemon.streams.base import Source
 
-STALL_S = 1.0
+STALL_S = 5.0
 """A partial batch is cut after this long even though the source says that more is to come: a broker may be away."""
 
 

@@ -27,8 +27,8 @@ from daemon.telemetry import MODEL_NOT_FINITE, Telemetry
 
 log = structlog.get_logger("homeostat.loop")
 
-LABEL_WAIT_S = 1.0
-"""Longest wait for labels that are due and on the broker but not fetched yet."""
+LABEL_WAIT_S = 10.0
+"""Longest wait for labels that are due and on the broker but not fetched yet; once an outage, not once a batch."""
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Loop:
     live_times: bool = False
     probabilities: bool = False
     adapt: bool = False
+    labels_overdue: bool = False
+    """Labels that are due did not come in time; they are not waited for until they come again."""
     positions: Positions = field(default_factory=dict)
     """Next offset per partition: everything before it is answered (durably only after a flush)."""
     emit_from: Positions = field(default_factory=dict)
@@ -190,18 +192,26 @@ class Loop:
         self.actions.learner.add(usable)
 
     def _fetch_labels(self) -> None:
+        """Read labels up to the stream's time.
+
+        What was learnt from must not hang on how fast a fetch came back, or state after a restart would differ.
+        """
         if self.labels is None or self.join is None:
             return
-        deadline = time.monotonic() + LABEL_WAIT_S
+        deadline, wait_s = time.monotonic() + LABEL_WAIT_S, 0.0
         while self.join.wants_more():
-            labels = self.labels.poll(0.0)
+            labels = self.labels.poll(wait_s)
             if len(labels):
                 self.join.offer(labels)
-            elif self.labels.at_end() or time.monotonic() > deadline:
+                self.labels_overdue = False
+            elif self.labels_overdue or self.labels.at_end():
                 return
+            elif time.monotonic() > deadline:
+                # Answers come before labels: from now on they are taken as they come.
+                log.warning("labels are due and don't come: not waited for until they do", waited_s=LABEL_WAIT_S)
+                self.labels_overdue = True
             else:
-                labels = self.labels.poll(0.05)
-                self.join.offer(labels)
+                wait_s = 0.05
 
     def _count(self, raw: RawBatch, batch: Batch, predicted: Predicted | None, seconds: float) -> None:
         telemetry, now = self.telemetry, time.time()
