@@ -128,11 +128,13 @@ class KafkaSource:
             log.warning("broker not answering, trying again", error=str(error), topic=self._address.topic)
             time.sleep(min(timeout_s, 0.2))
             records = _NO_RECORDS
+        # Only what was placed before this poll: records of a partition that is placed now are asked for again.
+        placed = set(self._placed)
         if self._listener.assigned:
             self._place_all()
         raw = RawBatch(arrived=time.monotonic())
         for partition, rows in records.items():
-            if partition not in self._placed:
+            if partition not in placed:
                 continue
             raw.values += [row.value for row in rows]
             raw.keys += [row.key for row in rows]
@@ -215,7 +217,12 @@ class KafkaSource:
         return self.lag() == 0
 
     def lag(self) -> int | None:
-        """Records on the broker not yet returned by `poll`; None before the first answer."""
+        """Records on the broker not yet returned by `poll`; None before the first answer, and without a partition.
+
+        A worker that waits for its partitions is not at the end of its stream: it doesn't know where it stands.
+        """
+        if not self._placed:
+            return None
         total = 0
         try:
             for partition in self._consumer.assignment():

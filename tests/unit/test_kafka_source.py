@@ -50,6 +50,11 @@ def test_a_revoked_partition_is_committed_once_more_and_a_lost_one_is_not(source
     assert source._consumer.commits == [{"t/0": 10}]
 
 
+def test_a_worker_without_a_partition_is_not_at_the_end_of_its_stream(source: KafkaSource) -> None:
+    source._placed.clear()
+    assert source.lag() is None and not source.at_end()
+
+
 @pytest.mark.parametrize("url", ["kafka://", "kafka://host/t", "kafka://h:1", "kafka://h:1/a/b", "kafka:///t"])
 def test_an_address_without_a_broker_or_a_topic_is_refused_by_variable_and_value(url: str) -> None:
     with pytest.raises(StreamError, match=rf"HOMEOSTAT_SOURCE={url}: .*right would be kafka://"):
