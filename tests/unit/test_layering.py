@@ -19,7 +19,8 @@ FORBIDDEN = {
     "detectors": {"daemon", "adapters", "tests", "kafka", "prometheus_client", "structlog"},
 }
 
-MACHINE_PATH = re.compile(r"/work/(main|shared|\.)|/root/\.(pyenv|cache)|/home/(?!homeostat)\w+|/tmp/\w+")
+HERE = "|".join(re.escape(str(folder)) for folder in (ROOT, ROOT.parent / "shared"))
+MACHINE_PATH = re.compile(rf"({HERE})\b|/root/\.(pyenv|cache)|/home/(?!homeostat)\w+|/tmp/\w+")
 REGISTRY = re.compile(
     r"pythonhosted\.org|pypi\.org/simple|repo1?\.maven\.(apache\.)?org|(extra-)?index-url|PIP_FIND_LINKS"
 )
