@@ -3,11 +3,13 @@
 Sieve and block bootstrap in one ("post-blackening": A. Davison, D. Hinkley, "Bootstrap Methods and their
 Application", 1997, section 8.2): fit an autoregression, resample blocks of its residuals, run them through it again.
 The recursion carries the long memory that blocks would cut, the blocks carry what it does not describe, the residuals
-carry the tails.
+carry the tails. Sine waves that stand out of the spectrum are kept apart and added again with other phases: an autoregression
+would make them come and go.
 
 The reference is finite, so its mean, scale and autocorrelation are known up to an error only. Each simulated chain
 draws them anew within their standard errors: the false-alarm rate is then the one to expect from a reference of this
-length, and a short reference asks for a greater threshold.
+length, and a short reference asks for a greater threshold. For a detector that reads prewhitened values it is the
+filter that is drawn, not the process: a filter that is slightly wrong is what it will meet.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from statistics import NormalDist
 import numpy as np
 
 from detectors.base import F64
+from detectors.lines import draw_lines, find_lines
 
 MIN_REFERENCE = 50
 """Finite values below which nothing can be said about autocorrelation or tails."""
@@ -27,6 +30,10 @@ LARGEST = 1e100
 MIN_CLIP = 4.0
 """Standard deviations at which values are clipped at the least; one in 16,000 of a Gaussian signal."""
 MAX_PHI = 0.999
+BURN_IN_TIMES, MAX_BURN_IN = 5.0, 2000
+"""Rows before a simulated stream, in autocorrelation times, so that it starts anywhere and not at its mean."""
+MAX_KNOWN = 20_000
+"""Rows from which a simulated filter is estimated at the most: a longer reference counts as this much."""
 BLOCK_TIMES = 10.0
 """Block length in autocorrelation times of the residuals, of what exceeds white noise."""
 SCALE_FLOOR = 1e-6
@@ -41,10 +48,14 @@ class Null:
     location: float
     scale: float
     clip: float
-    phi: float
-    """Lag-1 autocorrelation, corrected for its small-sample bias; 0 where it can't be told from 0."""
     partial: F64
-    """Partial autocorrelations (P,): the autoregression in its always stationary form; empty for independent rows."""
+    """Partial autocorrelations (P,) without the periodic part: the autoregression in its always stationary form;
+    empty for independent rows."""
+    filter: F64
+    """The same (Q,) of the whole signal: the prewhitening filter, of the order with the least BIC; empty: none."""
+    frequencies: F64
+    """Cycles a row (L,) of the periodic part, empty if there is none; ``amplitudes`` (L,) in deviations."""
+    amplitudes: F64
     autocorrelation_time: float
     """Rows that weigh as one independent row: the variance of a mean of n rows is scale**2 * this / n."""
     values: F64
@@ -90,31 +101,42 @@ def autocorrelation_time(values: F64) -> float:
     return max(1.0, float(times[lag]))
 
 
-def partial_autocorrelations(z: F64) -> F64:
-    """Partial autocorrelations (P,) of ``z`` (N,), with mean 0; the order P is the one with the least AIC.
+def partial_autocorrelations(z: F64) -> tuple[F64, int]:
+    """Partial autocorrelations (P,) of ``z`` (N,), with mean 0, and the order with the least BIC, at most P.
 
-    Levinson-Durbin recursion on the sample autocovariances. The first one is corrected for its small-sample bias.
+    P is the order with the least AIC: a null stream should leave nothing out, a filter should hold nothing needless.
+    The first one is corrected for its small-sample bias.
     """
     orders = int(10.0 * math.log10(z.size))
-    power = np.abs(np.fft.rfft(z, 2 * z.size)) ** 2
-    covariance = np.fft.irfft(power)[: orders + 1]
-    partial = np.zeros(orders)
-    weights = np.empty(0)
-    error = float(covariance[0])
-    best, order = z.size * math.log(error), 0
-    for p in range(orders):
-        partial[p] = (covariance[p + 1] - np.dot(weights, covariance[p:0:-1])) / error
-        weights = np.append(weights - partial[p] * weights[::-1], partial[p])
-        error *= 1.0 - partial[p] ** 2
-        if not error > 0.0:
-            break
-        score = z.size * math.log(error) + 2.0 * (p + 1)
-        if score < best:
-            best, order = score, p + 1
-    chosen = np.clip(partial[:order], -MAX_PHI, MAX_PHI)
+    partial = levinson(_covariances(z[:, None], orders), orders)[:, 0]
+    fit = z.size * np.concatenate(([0.0], np.cumsum(np.log1p(-(partial**2)))))
+    parameters = np.arange(orders + 1)
+    order = int(np.argmin(fit + 2.0 * parameters))
+    chosen = partial[:order].copy()
     if order:
         chosen[0] = _unbiased(float(chosen[0]), z.size)
-    return chosen
+    return chosen, int(np.argmin((fit + math.log(z.size) * parameters)[: order + 1]))
+
+
+def _covariances(z: F64, orders: int) -> F64:
+    """Sums of products (orders + 1, C) of ``z`` (N, C) at the lags from 0 on; without the mean taken away."""
+    power = np.abs(np.fft.rfft(z, 2 * len(z), axis=0)) ** 2
+    sums: F64 = np.fft.irfft(power, axis=0)[: orders + 1]
+    return sums
+
+
+def levinson(covariances: F64, orders: int) -> F64:
+    """Partial autocorrelations (orders, C) from autocovariances (orders + 1, C): the Levinson-Durbin recursion."""
+    partial = np.zeros((orders, covariances.shape[1]))
+    weights = np.empty((0, covariances.shape[1]))
+    error = covariances[0].copy()
+    for p in range(orders):
+        partial[p] = (covariances[p + 1] - (weights * covariances[p:0:-1]).sum(0)) / error
+        # A signal that its past foretells exactly would leave no error to divide by.
+        np.clip(partial[p], -MAX_PHI, MAX_PHI, out=partial[p])
+        weights = np.concatenate((weights - partial[p] * weights[::-1], partial[p : p + 1]))
+        error *= 1.0 - partial[p] ** 2
+    return partial
 
 
 def autoregression(partial: F64) -> F64:
@@ -147,17 +169,21 @@ def describe(reference: F64) -> Null:
         raise ValueError(f"calibration needs at least {MIN_REFERENCE} finite reference values, got {rows}: give more")
     location, scale = moments(values)
     if np.ptp(values) <= _floor(values):
+        none = np.empty(0)
         gauss = np.array(_normal_quantiles(1000))
-        return Null(location, scale, MIN_CLIP, 0.0, np.empty(0), 1.0, np.zeros(rows), gauss, 1, rows, True)
+        return Null(location, scale, MIN_CLIP, none, none, none, none, 1.0, np.zeros(rows), gauss, 1, rows, True)
     z = (values - location) / scale
     clip = max(MIN_CLIP, float(np.quantile(np.abs(z), 0.995)))
     z = np.clip(z, -clip, clip)
     z -= z.mean()
-    partial = partial_autocorrelations(z)
-    phi = float(np.dot(z[1:], z[:-1]) / np.dot(z, z))
-    phi = 0.0 if abs(phi) < 2.0 / math.sqrt(rows) else _unbiased(phi, rows)
+    frequencies, amplitudes, rest = find_lines(z)
+    partial, order = partial_autocorrelations(rest)
+    if frequencies.size:
+        whole, order = partial_autocorrelations(z)
+    else:
+        whole = partial
     weights = autoregression(partial[:, None])[:, 0]
-    residuals = np.convolve(z, np.concatenate(([1.0], -weights)), mode="valid")
+    residuals = np.convolve(rest, np.concatenate(([1.0], -weights)), mode="valid")
     residuals -= residuals.mean()
     left = autocorrelation_time(residuals)
     # Never below 1: a negative autocorrelation would promise more than n rows' worth, too much for an estimate.
@@ -166,7 +192,9 @@ def describe(reference: F64) -> Null:
     # threshold is exponentially sensitive to them. Their absolute values show bursts of variance.
     excess = max(left, autocorrelation_time(np.abs(residuals))) - 1.0
     block = min(1 + round(BLOCK_TIMES * excess), rows // 4)
-    return Null(location, scale, clip, phi, partial, memory, z, residuals, block, rows, False)
+    return Null(
+        location, scale, clip, partial, whole[:order], frequencies, amplitudes, memory, z, residuals, block, rows, False
+    )
 
 
 def simulate(null: Null, chains: int, length: int, seed: int) -> F64:
@@ -175,21 +203,64 @@ def simulate(null: Null, chains: int, length: int, seed: int) -> F64:
     quantiles = np.array(_normal_quantiles(chains))
     error = 0.0 if null.constant else 1.0 / math.sqrt(null.rows)
     mean = rng.permutation(quantiles) * error * math.sqrt(null.autocorrelation_time)
-
-    starts = rng.integers(null.residuals.size, size=(-(-length // null.block), chains))
-    inside = np.arange(null.block)[:, None]
-    # Circular blocks: each residual is drawn equally often, so that the null stream is centred.
-    index = (starts[:, None, :] + inside).reshape(-1, chains)[:length] % null.residuals.size
     # The deviation of the residuals is an estimate too; its standard error follows from their kurtosis.
     kurtosis = float(np.mean(null.residuals**4) / np.mean(null.residuals**2) ** 2)
-    path = null.residuals[index] * np.exp(rng.permutation(quantiles) * error * 0.5 * math.sqrt(kurtosis - 1.0))
+    scale = np.exp(rng.permutation(quantiles) * error * 0.5 * math.sqrt(kurtosis - 1.0))
+    partial = null.partial[:, None]
     if order := null.partial.size:
         draws = np.stack([rng.permutation(quantiles) for _ in range(order)])
-        spread = error * np.sqrt(1.0 - null.partial**2)
-        partial = np.clip(null.partial[:, None] + draws * spread[:, None], -MAX_PHI, MAX_PHI)
+        partial = np.clip(partial + draws * error * np.sqrt(1.0 - partial**2), -MAX_PHI, MAX_PHI)
+    path = _process(null, np.broadcast_to(partial, (order, chains)), scale, length, rng) + mean
+    return np.ascontiguousarray(path.T)
+
+
+def simulate_white(null: Null, chains: int, length: int, seed: int) -> F64:
+    """Prewhitened null streams (chains, length), each with a filter estimated from a reference of its own."""
+    rng = np.random.default_rng(seed)
+    known, order = min(null.rows, MAX_KNOWN), null.filter.size
+    partial = np.broadcast_to(null.partial[:, None], (null.partial.size, chains))
+    path = _process(null, partial, np.ones(chains), known + order + length, rng)
+    path = (path - path[:known].mean(0)) / path[:known].std(0)
+    np.clip(path, -null.clip, null.clip, out=path)
+    estimated = levinson(_covariances(path[:known], order), order)
+    estimated[0] = np.clip(estimated[0] + (1.0 + 3.0 * estimated[0]) / known, -MAX_PHI, MAX_PHI)
+    white = filtered(path[known:], autoregression(estimated), residual_scale(estimated))
+    return np.ascontiguousarray(white.T)
+
+
+def _process(null: Null, partial: F64, scale: F64, length: int, rng: np.random.Generator) -> F64:
+    """Paths (length, C) of autoregressions with ``partial`` (P, C) on blocks of residuals times ``scale`` (C,)."""
+    order, chains = partial.shape
+    burn_in = min(MAX_BURN_IN, round(BURN_IN_TIMES * null.autocorrelation_time)) if order else 0
+    rows = length + burn_in
+    starts = rng.integers(null.residuals.size, size=(-(-rows // null.block), chains))
+    inside = np.arange(null.block)[:, None]
+    # Circular blocks: each residual is drawn equally often, so that the null stream is centred.
+    index = (starts[:, None, :] + inside).reshape(-1, chains)[:rows] % null.residuals.size
+    path = null.residuals[index] * scale
+    if order:
         backwards = autoregression(partial)[::-1].copy()
-        for t in range(1, length):
+        for t in range(1, rows):
             past = path[max(0, t - order) : t]
             path[t] += np.einsum("pc,pc->c", backwards[-past.shape[0] :], past)
-    path += mean
-    return np.ascontiguousarray(path.T)
+    path = path[burn_in:]
+    if null.frequencies.size:
+        phases = rng.uniform(0.0, 2.0 * math.pi, size=(null.frequencies.size, chains))
+        path = path + draw_lines(null.frequencies, null.amplitudes, length, phases)
+    return path
+
+
+def residual_scale(partial: F64) -> F64:
+    """Standard deviations (C,) that filters with ``partial`` (P, C) leave of a process with deviation 1."""
+    scale: F64 = np.sqrt(np.prod(1.0 - partial**2, axis=0))
+    return scale
+
+
+def filtered(path: F64, weights: F64, scale: F64) -> F64:
+    """``(path[t] - sum_i weights[i] path[t-1-i]) / scale``: (T, C) by weights (P, C), scale (C,) to (T - P, C)."""
+    order = len(weights)
+    white: F64 = path[order:].copy()
+    for lag, weight in enumerate(weights, start=1):
+        white -= weight * path[order - lag : len(path) - lag]
+    white /= scale
+    return white

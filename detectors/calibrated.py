@@ -10,6 +10,7 @@ import numpy as np
 from detectors.base import F64, Detector
 from detectors.bootstrap import LARGEST, MIN_REFERENCE, moments
 from detectors.calibration import Calibration, check_arl0, find
+from detectors.rows_null import row_moments
 from detectors.standardise import Standardiser
 
 SCALE_FACTOR = 2.0
@@ -39,8 +40,8 @@ class Calibrated:
         self._arl0, self._seed = float(arl0), int(seed)
         self._warmup = int(warmup)
         self._calibration: Calibration | None = None
-        self._standardise = Standardiser(0.0, 1.0, math.inf)
-        self._baseline: list[float] | None = []
+        self._standardise = Standardiser()
+        self._baseline: list[Any] | None = []
         self._baseline_rows = self._warmup
         self.ignored = 0
         self.drift = self.warning = False
@@ -85,13 +86,18 @@ class Calibrated:
         return self._detector.statistic
 
     @property
-    def location(self) -> float:
-        """The level taken for normal, in the signal's unit."""
+    def reads(self) -> str:
+        """ "values" or "rows": whether an update takes a number or a row (D,)."""
+        return self._detector.reads
+
+    @property
+    def location(self) -> Any:
+        """The level taken for normal, in the signal's unit; (D,) for rows."""
         return self._standardise.location
 
     @property
-    def scale(self) -> float:
-        """The standard deviation taken for normal, in the signal's unit."""
+    def scale(self) -> Any:
+        """The standard deviation taken for normal, in the signal's unit; (D,) for rows."""
         return self._standardise.scale
 
     @property
@@ -113,41 +119,61 @@ class Calibrated:
         self._baseline_rows = self._warmup if self._calibration is None else int(rows)
         self.reset()
 
-    def update(self, value: float) -> Self:
-        """Read one value of the signal, in its own unit."""
+    def update(self, value: Any) -> Self:
+        """Read one value of the signal, in its own unit; a row (D,) if the detector reads rows."""
+        if self._detector.reads == "rows":
+            self.update_many(_as_rows(value, one=True))
+            return self
         value = float(value)
         if not -LARGEST < value < LARGEST:
             self.ignored += 1
             self.drift = self.warning = False
         elif self._baseline is not None:
             self._learn(self._baseline, [value])
+        elif (standard := self._standardise.one(value)) is None:
+            self.drift = self.warning = False
         else:
-            detector = self._detector.update(self._standardise.one(value))
+            detector = self._detector.update(standard)
             self.drift, self.warning = detector.drift, detector.warning
         return self
 
-    def update_many(self, values: F64) -> list[int]:
-        """Read ``values`` (B,) in order; indices at which ``drift`` was raised. Same state as value by value."""
-        values = np.asarray(values, dtype=np.float64)
-        if values.ndim != 1:
-            raise ValueError(f"values must have one dimension, got shape {values.shape}")
-        finite = np.abs(values) < LARGEST
+    def update_many(self, values: Any) -> list[int]:
+        """Read ``values`` (B,), or (B, D), in order; indices at which ``drift`` was raised.
+
+        Same state as value by value. Raises ``ValueError`` for another shape.
+        """
+        if self._detector.reads == "rows":
+            values = _as_rows(values)
+            width = None if self._calibration is None else self._calibration.width
+            if width is not None and values.shape[1] != width:
+                raise ValueError(f"{self.name} was calibrated for rows of {width} numbers, got {values.shape[1]}")
+            finite = (np.abs(values) < LARGEST).all(1)
+        else:
+            values = np.asarray(values, dtype=np.float64)
+            if values.ndim != 1:
+                raise ValueError(f"values must have one dimension, got shape {values.shape}")
+            finite = np.abs(values) < LARGEST
+        if not len(values):
+            return []
         kept = None if finite.all() else np.flatnonzero(finite)
         used = values if kept is None else values[kept]
-        self.ignored += values.size - used.size
-        learnt = 0
+        self.ignored += len(values) - len(used)
+        skipped = 0
         if self._baseline is not None:
-            learnt = min(self.learning, used.size)
-            self._learn(self._baseline, used[:learnt].tolist())
+            skipped = min(self.learning, len(used))
+            self._learn(self._baseline, list(used[:skipped]))
         alarms: list[int] = []
-        if used.size > learnt:
-            alarms = self._detector.update_many(self._standardise.many(used[learnt:]))
-            self.drift, self.warning = self._detector.drift, self._detector.warning
-        if values.size and not finite[-1]:
+        if len(used) > skipped:
+            standard = self._standardise.many(used[skipped:])
+            skipped = len(used) - len(standard)
+            alarms = self._detector.update_many(standard)
+            seen = len(standard) > 0
+            self.drift, self.warning = seen and self._detector.drift, seen and self._detector.warning
+        if not finite[-1]:
             self.drift = self.warning = False
-        if kept is None and not learnt:
+        if kept is None and not skipped:
             return alarms
-        return [learnt + i if kept is None else int(kept[learnt + i]) for i in alarms]
+        return [skipped + i if kept is None else int(kept[skipped + i]) for i in alarms]
 
     def reset(self) -> None:
         """Drop the evidence so far. Location, scale, threshold and a baseline in the making stay."""
@@ -155,7 +181,7 @@ class Calibrated:
         self._standardise.reset()
         self.drift = self.warning = False
 
-    def _learn(self, baseline: list[float], values: list[float]) -> None:
+    def _learn(self, baseline: list[Any], values: list[Any]) -> None:
         """Add finite ``values``, never more than are missing, to ``baseline``; when it is complete, start service."""
         self.drift = self.warning = False
         baseline += values
@@ -165,19 +191,24 @@ class Calibrated:
         if self._calibration is None:
             self._adopt(find(self._detector, collected, self._arl0, self._seed))
             return
-        location, scale = moments(collected)
-        self._standardise.location = location
-        independent = collected.size / self._calibration.autocorrelation_time
-        changed = not 1.0 / SCALE_FACTOR <= scale / self._standardise.scale <= SCALE_FACTOR
-        if changed and independent >= SCALE_ROWS:
-            self._standardise.scale = scale
         self._baseline = None
+        if self._calibration.domain == "standard":
+            self._move_baseline(collected, len(collected) / self._calibration.autocorrelation_time)
+
+    def _move_baseline(self, collected: F64, independent: float) -> None:
+        standardise = self._standardise
+        location, scale = row_moments(collected) if collected.ndim == 2 else moments(collected)
+        standardise.location = location
+        ratio = np.asarray(scale / standardise.scale)
+        changed = (ratio < 1.0 / SCALE_FACTOR) | (ratio > SCALE_FACTOR)
+        if independent >= SCALE_ROWS and changed.any():
+            standardise.scale = np.where(changed, scale, standardise.scale) if collected.ndim == 2 else scale
 
     def _adopt(self, made: Calibration) -> None:
         made.check(self._detector)
         self._calibration, self._arl0 = made, made.arl0
-        self._detector = self._detector.with_threshold(made.threshold)
-        self._standardise = Standardiser(made.location, made.scale, made.clip, made.phi)
+        self._detector = self._detector.with_fitted(made.fitted).with_threshold(made.threshold)
+        self._standardise = made.standardiser()
         self._baseline = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,21 +230,33 @@ class Calibrated:
             self._adopt(Calibration.from_dict(state["calibration"]))
         else:
             self._calibration = None
-            self._standardise = Standardiser(0.0, 1.0, math.inf)
+            self._standardise = Standardiser()
         self._detector.load_state_dict(state["detector"])
         self._standardise.load_state_dict(state["standardise"])
         baseline = state["baseline"]
-        self._baseline = None if baseline is None else np.asarray(baseline, dtype=np.float64).tolist()
+        self._baseline = None if baseline is None else list(np.asarray(baseline, dtype=np.float64))
         self._baseline_rows = int(state["baseline_rows"])
         self.ignored = int(state["ignored"])
         self.drift, self.warning = bool(state["drift"]), bool(state["warning"])
 
 
-def calibrate(detector: Detector, reference: F64, arl0: float = 10_000, seed: int = 0) -> Calibrated:
-    """``detector`` with the threshold that gives one false alarm in ``arl0`` rows of a stream like ``reference`` (N,).
+def calibrate(detector: Detector, reference: Any, arl0: float = 10_000, seed: int = 0) -> Calibrated:
+    """``detector`` with the threshold that gives one false alarm in ``arl0`` rows of a stream like ``reference``.
+
+    ``reference`` is (N,), or (N, D) for a detector that reads rows.
 
     ``reference`` is in order of time: its autocorrelation counts. Non-finite values are left out. The result is the
     same for the same ``seed``. Raises ``ValueError`` under 50 finite values.
     """
     found = find(detector, reference, arl0, seed)
     return Calibrated.from_calibration(detector, found.to_dict())
+
+
+def _as_rows(rows: Any, *, one: bool = False) -> F64:
+    """(B, D) float64 on the host, of an array, a tensor on any device or a nested list; a number is a row of one."""
+    if hasattr(rows, "detach"):
+        rows = rows.detach().cpu().numpy()
+    values = np.asarray(rows, dtype=np.float64)
+    if one:
+        return values.reshape(1, -1)
+    return values[:, None] if values.ndim == 1 else values.reshape(len(values), -1)

@@ -6,11 +6,15 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from detectors.base import F64, Detector
-from detectors.bootstrap import describe
+from detectors.fronts import Front, prepare
+from detectors.standardise import Standardiser
 from detectors.threshold import find_threshold
 
 MIN_ARL0 = 50
+POSITIVE = ("threshold", "arl0", "scale", "clip", "unit", "span")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +23,7 @@ class Calibration:
 
     detector: str
     """Name in the registry; the threshold is void for another detector or other options."""
-    options: dict[str, float]
+    options: dict[str, Any]
     threshold: float
     arl0: float
     """Mean rows between false alarms that was asked for."""
@@ -28,16 +32,26 @@ class Calibration:
     reached_low: float
     reached_high: float
     method: str
-    location: float
-    scale: float
-    clip: float
+    width: int | None
+    """Columns of a row; None for a signal of single numbers. Of rows, the numbers below are lists."""
+    location: Any
+    scale: Any
+    clip: Any
     """In standard deviations."""
-    phi: float
-    """Lag-1 autocorrelation with which values are prewhitened, if the detector assumes independence; else 0."""
+    weights: list[Any]
+    """The prewhitening filter (P,), the newest value first; (P, D) for rows; empty: none."""
+    unit: Any
+    """Standard deviation of what the filter leaves, relative to ``scale``."""
+    domain: str
+    base: float
+    span: float
+    """How the domains "unit" and "binary" come out of the standardised value, see ``Standardiser``."""
     autocorrelation_time: float
     """Rows that weigh as much as one independent row."""
     rows: int
     """Finite reference values."""
+    fitted: dict[str, Any]
+    """What the detector learnt from the reference."""
 
     @classmethod
     def from_dict(cls, numbers: dict[str, Any]) -> Calibration:
@@ -45,9 +59,10 @@ class Calibration:
         expected = {field.name for field in fields(cls)}
         if wrong := expected.symmetric_difference(numbers):
             raise ValueError(f"calibration: missing or unknown entries {sorted(wrong)}: calibrate anew")
-        text = {"detector", "options", "method"}
-        bad = [key for key in sorted(expected - text) if not _is_number(numbers[key])]
-        bad += [key for key in ("threshold", "arl0", "scale", "clip") if key not in bad and not numbers[key] > 0]
+        other = {"detector", "options", "method", "width", "weights", "domain", "fitted"}
+        bad = [key for key in sorted(expected - other) if not _numeric(numbers[key])]
+        bad += [key for key in POSITIVE if key not in bad and not (np.asarray(numbers[key]) > 0).all()]
+        bad += [key for key in ("weights",) if not all(_numeric(weight) for weight in numbers[key])]
         if bad:
             raise ValueError(f"calibration: not a usable number: {', '.join(bad)}: calibrate anew")
         return cls(**{**numbers, "options": dict(numbers["options"]), "rows": int(numbers["rows"])})
@@ -64,8 +79,25 @@ class Calibration:
                 f"{detector.options()}: calibrate anew"
             )
 
+    def standardiser(self) -> Standardiser:
+        """What turns the signal into what the detector reads."""
+        number = float if self.width is None else np.array
+        return Standardiser(
+            number(self.location),
+            number(self.scale),
+            number(self.clip),
+            weights=np.array(self.weights),
+            unit=number(self.unit),
+            domain=self.domain,
+            base=self.base,
+            span=self.span,
+        )
 
-def _is_number(value: Any) -> bool:
+
+def _numeric(value: Any) -> bool:
+    """A finite number, or a list of them (of any depth)."""
+    if isinstance(value, list):
+        return all(_numeric(item) for item in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -76,10 +108,14 @@ def check_arl0(arl0: float) -> None:
 
 
 def find(detector: Detector, reference: F64, arl0: float, seed: int) -> Calibration:
-    """Calibrate ``detector`` on ``reference`` (N,). Raises ``ValueError`` for too few finite values or a bad arl0."""
+    """Calibrate ``detector`` on ``reference`` (N,), or (N, D) for one that reads rows.
+
+    Raises ``ValueError`` for too few finite values, a bad arl0 or a wrong shape.
+    """
     check_arl0(arl0)
-    null = describe(reference)
-    found = find_threshold(detector, null, arl0, seed)
+    front: Front = prepare(detector, reference)
+    fit = front.detector
+    found = find_threshold(front, arl0, seed)
     return Calibration(
         detector=detector.name,
         options=detector.options(),
@@ -89,10 +125,20 @@ def find(detector: Detector, reference: F64, arl0: float, seed: int) -> Calibrat
         reached_low=found.low,
         reached_high=found.high,
         method=found.method,
-        location=null.location,
-        scale=null.scale,
-        clip=null.clip,
-        phi=null.phi if detector.assumes_independence else 0.0,
-        autocorrelation_time=null.autocorrelation_time,
-        rows=null.rows,
+        width=front.width,
+        location=_plain(front.standardise.location),
+        scale=_plain(front.standardise.scale),
+        clip=_plain(front.standardise.clip),
+        weights=front.standardise.weights.tolist(),
+        unit=_plain(front.standardise.unit),
+        domain=front.domain,
+        base=front.base,
+        span=front.span,
+        autocorrelation_time=front.autocorrelation_time,
+        rows=front.rows,
+        fitted=fit.fitted(),
     )
+
+
+def _plain(number: Any) -> Any:
+    return number.tolist() if isinstance(number, np.ndarray) else float(number)

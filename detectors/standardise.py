@@ -1,4 +1,4 @@
-"""From a signal in its own unit to what a detector reads: mean 0, deviation 1, bounded, white if asked."""
+"""From a signal in its own unit to what a detector reads: mean 0, deviation 1, bounded, and white if asked."""
 
 from __future__ import annotations
 
@@ -11,55 +11,96 @@ from detectors.base import F64
 
 
 class Standardiser:
-    """Maps finite values to (value - location) / scale, clipped to +-clip, and optionally prewhitened.
+    """Maps finite values to z = (value - location) / scale, clipped to +-clip, and what a detector's domain wants of z.
 
-    Clipping bounds what one row can do: a single wild value is no drift. Prewhitening is the AR(1) filter
-    (z[t] - phi z[t-1]) / sqrt(1 - phi^2), which has unit variance again; ``phi = 0`` leaves it out. ``one`` and
-    ``many`` do the same operations in the same order and agree bit for bit.
+    Clipping bounds what one row can do: a single wild value is no drift. ``weights`` (P,) is a prewhitening filter,
+    ``(z[t] - sum_i weights[i] z[t-1-i]) / unit``; its first P values have no past and are not given out. ``unit``
+    brings it back to unit variance. ``one`` and ``many`` agree bit for bit.
+
+    For rows (D,) all numbers are (D,), or (P, D) for ``weights``.
+
+    ``domain`` "unit" maps to ``(z - base) / span``, limited to [0, 1]; "binary" to 1.0 where ``z > base``, else 0.0.
     """
 
-    def __init__(self, location: float, scale: float, clip: float, phi: float = 0.0) -> None:
-        self.location, self.scale, self.clip, self.phi = location, scale, clip, phi
-        self._unit = math.sqrt(1.0 - phi * phi)
-        self._previous: float | None = None
+    def __init__(
+        self,
+        location: Any = 0.0,
+        scale: Any = 1.0,
+        clip: Any = math.inf,
+        *,
+        weights: F64 | None = None,
+        unit: Any = 1.0,
+        domain: str = "standard",
+        base: float = 0.0,
+        span: float = 1.0,
+    ) -> None:
+        self.location, self.scale, self.clip, self.unit = location, scale, clip, unit
+        self.weights = np.empty(0) if weights is None else np.asarray(weights, dtype=np.float64)
+        self._reversed = self.weights[::-1].copy()
+        self._domain, self._base, self._span = domain, base, span
+        self._past: F64 | None = None
+        self._plain = not self.weights.size and domain == "standard"
 
-    def one(self, value: float) -> float:
-        """``many`` for one value."""
+    def one(self, value: float) -> float | None:
+        """``many`` for one value; None while the filter has no past."""
+        if not self._plain:
+            made = self.many(np.array([value]))
+            return float(made[0]) if made.size else None
         z = (value - self.location) / self.scale
         clip = self.clip
         if z > clip:
-            z = clip
-        elif z < -clip:
-            z = -clip
-        if self.phi:
-            before, self._previous = self._previous, z
-            if before is not None:
-                return (z - self.phi * before) / self._unit
-        return z
+            return float(clip)
+        if z < -clip:
+            return float(-clip)
+        return float(z)
 
     def many(self, values: F64) -> F64:
-        """``values`` (B,), finite, in the signal's unit; returns (B,) standardised."""
-        z = (values - self.location) / self.scale
+        """``values`` (B,) or (B, D), finite, in the signal's unit; returns what the detector reads of them."""
+        z: F64 = (values - self.location) / self.scale
         np.maximum(z, -self.clip, out=z)
         np.minimum(z, self.clip, out=z)
-        if not self.phi or not z.size:
-            return z
-        white = z.copy()
-        white[1:] = (z[1:] - self.phi * z[:-1]) / self._unit
-        if self._previous is not None:
-            white[0] = (float(z[0]) - self.phi * self._previous) / self._unit
-        self._previous = float(z[-1])
+        if self.weights.size:
+            z = self._filtered(z)
+        if self._domain == "unit":
+            z = np.minimum(np.maximum((z - self._base) / self._span, 0.0), 1.0)
+        elif self._domain == "binary":
+            z = (z > self._base).astype(np.float64)
+        return z
+
+    def _filtered(self, z: F64) -> F64:
+        order = len(self.weights)
+        path = z if self._past is None else np.concatenate((self._past, z))
+        self._past = path[-order:].copy()
+        if len(path) <= order:
+            return path[:0]
+        if z.ndim == 1:
+            # One dot product a value, in C, and each the same whatever the batch.
+            guess = np.correlate(path[:-1], self._reversed, mode="valid")
+        else:
+            guess = np.zeros((len(path) - order, path.shape[1]))
+            for lag, weight in enumerate(self.weights, start=1):
+                guess += weight * path[order - lag : len(path) - lag]
+        white: F64 = (path[order:] - guess) / self.unit
         return white
 
     def reset(self) -> None:
-        """Forget the previous value."""
-        self._previous = None
+        """Forget the past values."""
+        self._past = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Location and scale (a new baseline may have moved them) and the previous value."""
-        return {"location": self.location, "scale": self.scale, "previous": self._previous}
+        """Location and scale (a new baseline may have moved them) and the past values."""
+        return {
+            "location": _copied(self.location),
+            "scale": _copied(self.scale),
+            "past": None if self._past is None else self._past.copy(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
-        self.location, self.scale = float(state["location"]), float(state["scale"])
-        self._previous = None if state["previous"] is None else float(state["previous"])
+        self.location, self.scale = _copied(state["location"]), _copied(state["scale"])
+        past = state["past"]
+        self._past = None if past is None else np.array(past, dtype=np.float64)
+
+
+def _copied(number: Any) -> Any:
+    return number.copy() if isinstance(number, np.ndarray) else float(number)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detectors.base import F64, Detector
-from detectors.bootstrap import Null, simulate
-from detectors.standardise import Standardiser
+from detectors.base import F64
+from detectors.fronts import Front
 
 CHAINS = 60
 ALARMS = 150
@@ -21,8 +20,8 @@ TOLERANCE = 0.03
 """Relative error at which the search stops: well under the Monte Carlo error."""
 RESOLUTION = 1e-3
 STEPS = 24
-INDEPENDENT_ROWS = 20.0
-"""A reference that weighs less than this says little; the method's description then says so."""
+MAX_NUMBERS = 24_000_000
+"""Numbers in one set of simulated rows: 200 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +35,12 @@ class Found:
     method: str
 
 
-def _seen(detector: Detector, null: Null, z: F64) -> F64:
-    """What reaches the detector of a standardised stream ``z`` (N,): prewhitened where it assumes independence."""
-    return Standardiser(0.0, 1.0, null.clip, null.phi if detector.assumes_independence else 0.0).many(z)
-
-
 class _Runs:
     """Null streams, and the detector's alarms on them."""
 
-    def __init__(self, detector: Detector, null: Null, rows: int, seed: int) -> None:
-        self._detector = detector
-        self._streams = [_seen(detector, null, z) for z in simulate(null, CHAINS, rows // CHAINS, seed)]
+    def __init__(self, front: Front, rows: int, seed: int) -> None:
+        self._detector = front.detector
+        self._streams = front.streams(CHAINS, rows // CHAINS, seed)
         self.rows = CHAINS * (rows // CHAINS)
 
     def alarms(self, threshold: float, enough: float = math.inf) -> F64:
@@ -97,19 +91,21 @@ def _solve(runs: _Runs, start: float, arl0: float) -> float:
     return high
 
 
-def find_threshold(detector: Detector, null: Null, arl0: float, seed: int) -> Found:
-    """Threshold of ``detector`` for one false alarm in ``arl0`` rows of the null stream.
+def find_threshold(front: Front, arl0: float, seed: int) -> Found:
+    """Threshold of the detector of ``front`` for one false alarm in ``arl0`` rows of the null stream.
 
     The search runs on one set of streams, the reported ARL0 is measured on another. Beyond what ``MAX_ROWS`` can
     show, the threshold is extrapolated: log ARL0 grows about linearly in it. Last, the reference itself is replayed:
     it must not alarm clearly more often than asked, as it could where no bootstrap describes it (a periodic signal
     without noise, a reference with a step in it).
     """
-    rows = int(min(max(ALARMS * arl0, MIN_ROWS), MAX_ROWS))
+    detector = front.detector
+    most = min(MAX_ROWS, detector.calibration_rows, MAX_NUMBERS // (front.width or 1))
+    rows = int(min(max(ALARMS * arl0, MIN_ROWS), most))
     shown = min(arl0, rows / FEWEST_ALARMS)
-    runs = _Runs(detector, null, rows, seed)
+    runs = _Runs(front, rows, seed)
     threshold = _solve(runs, detector.threshold, shown)
-    method = _describe(null)
+    method = front.describe()
     # What is needed is a factor of ``reach`` beyond what is shown; its effect on the threshold is known to a tenth.
     reach, stretch = arl0 / shown, 1.0
     beyond = threshold
@@ -118,34 +114,25 @@ def find_threshold(detector: Detector, null: Null, arl0: float, seed: int) -> Fo
         beyond += rise * math.log(reach)
         stretch = reach**0.1
         method += f", extrapolated from an ARL0 of {shown:.0f}"
-    quiet = _raised(detector, null, beyond, arl0)
+    quiet = _raised(front, beyond, arl0)
     if quiet > beyond:
         threshold = beyond = quiet
         reach = stretch = 1.0
         method += ", raised until the reference itself is quiet"
     elif threshold <= 2.0 * RESOLUTION * detector.threshold:
         method += ", lowest threshold: it can't alarm more often"
-    reached, low, high = _interval(_Runs(detector, null, rows, seed + 1).alarms(threshold), runs.rows)
+    reached, low, high = _interval(_Runs(front, rows, seed + 1).alarms(threshold), runs.rows)
     return Found(beyond, reached * reach, low * reach / stretch, high * reach * stretch, method)
 
 
-def _raised(detector: Detector, null: Null, threshold: float, arl0: float) -> float:
+def _raised(front: Front, threshold: float, arl0: float) -> float:
     """``threshold``, or the first greater one at which the reference has no more alarms than chance would give."""
-    values, expected = _seen(detector, null, null.values), null.rows / arl0
+    detector, values, expected = front.detector, front.seen, len(front.seen) / arl0
     for _ in range(STEPS):
         if len(detector.with_threshold(threshold).update_many(values)) <= 1.0 + expected + 3.0 * math.sqrt(expected):
             break
         threshold = max(1.25 * threshold, 0.1 * detector.threshold)
     return threshold
-
-
-def _describe(null: Null) -> str:
-    if null.constant:
-        return f"Gaussian noise of the floor scale, since {null.rows} rows were constant"
-    method = f"{null.rows} rows, AR({null.partial.size}) with blocks of {null.block} residuals"
-    if (independent := null.rows / null.autocorrelation_time) < INDEPENDENT_ROWS:
-        method += f", a guess: they weigh as much as {independent:.0f} independent rows"
-    return method
 
 
 def _interval(counts: F64, rows: int) -> tuple[float, float, float]:

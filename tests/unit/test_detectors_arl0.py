@@ -7,14 +7,15 @@ import pytest
 
 import detectors
 from detectors import Calibrated
-from detectors.bootstrap import autocorrelation_time, autoregression, describe, simulate
+from detectors.bootstrap import autocorrelation_time, autoregression, describe, simulate, simulate_white
+from detectors.lines import find_lines
 from tests.benchmarks.detect import DEVIATION, STREAMS, delays, rows_per_alarm
 
 ARL0 = 500
 CLAIMED = ["iid", "ar 0.7", "ar 0.95", "student t3", "scale 10"]
 
 
-@pytest.mark.parametrize("detector", ["adwin", "cusum"])
+@pytest.mark.parametrize("detector", ["adwin", "cusum", "e_detector"])
 @pytest.mark.parametrize("name", CLAIMED)
 def test_false_alarms_come_as_often_as_asked_and_a_shift_is_found(detector: str, name: str) -> None:
     stream, rng = STREAMS[name], np.random.default_rng(42)
@@ -78,3 +79,27 @@ def test_bursts_of_variance_are_drawn_in_blocks() -> None:
 def test_partial_autocorrelations_turn_into_the_coefficients_of_theory() -> None:
     # AR(2) with coefficients 0.5, 0.3 has partial autocorrelations 0.5 / (1 - 0.3) and 0.3.
     assert autoregression(np.array([[0.5 / 0.7], [0.3]]))[:, 0] == pytest.approx([0.5, 0.3])
+
+
+def test_a_periodic_part_is_found_with_its_frequency_and_amplitude() -> None:
+    rng = np.random.default_rng(6)
+    wave = np.sin(2 * np.pi * np.arange(5000) / 96.3) + 0.5 * np.cos(2 * np.pi * np.arange(5000) / 17.1)
+    frequencies, amplitudes, rest = find_lines(wave + rng.normal(size=5000))
+    assert np.sort(1 / frequencies) == pytest.approx([17.1, 96.3], rel=0.01)
+    assert np.sort(amplitudes) == pytest.approx([0.5, 1.0], abs=0.1)
+    assert rest.std() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["iid", "ar 0.7", "ar 0.95", "student t3"])
+def test_noise_has_no_periodic_part(name: str) -> None:
+    for seed in range(20):
+        frequencies, _, _ = find_lines(STREAMS[name](np.random.default_rng(seed), 3000))
+        assert not frequencies.size
+
+
+def test_prewhitened_null_streams_are_white_but_for_the_error_of_the_filter() -> None:
+    values = STREAMS["ar 0.95"](np.random.default_rng(7), 5000)
+    white = simulate_white(describe(values), chains=30, length=4000, seed=0)
+    assert white.shape == (30, 4000)
+    assert white.std() == pytest.approx(1.0, abs=0.03)
+    assert np.mean(white[:, 1:] * white[:, :-1]) == pytest.approx(0.0, abs=0.02)
