@@ -3,8 +3,8 @@
 Sieve and block bootstrap in one ("post-blackening": A. Davison, D. Hinkley, "Bootstrap Methods and their
 Application", 1997, section 8.2): fit an autoregression, resample blocks of its residuals, run them through it again.
 The recursion carries the long memory that blocks would cut, the blocks carry what it does not describe, the residuals
-carry the tails. Sine waves that stand out of the spectrum are kept apart and added again with other phases: an autoregression
-would make them come and go.
+carry the tails. Sine waves that stand out of the spectrum are kept apart and added again with other phases: an
+autoregression would make them come and go.
 
 The reference is finite, so its mean, scale and autocorrelation are known up to an error only. Each simulated chain
 draws them anew within their standard errors: the false-alarm rate is then the one to expect from a reference of this
@@ -156,8 +156,8 @@ def _normal_quantiles(count: int) -> list[float]:
     return [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
 
 
-def describe(reference: F64) -> Null:
-    """The null model of ``reference`` (N,), whose unusable values are left out.
+def describe(reference: F64, *, limit: bool = True) -> Null:
+    """The null model of ``reference`` (N,), whose unusable values are left out; ``limit`` clips its values.
 
     Raises ``ValueError`` under ``MIN_REFERENCE`` finite values. A constant reference is described as independent
     Gaussian noise of the floor scale.
@@ -173,7 +173,7 @@ def describe(reference: F64) -> Null:
         gauss = np.array(_normal_quantiles(1000))
         return Null(location, scale, MIN_CLIP, none, none, none, none, 1.0, np.zeros(rows), gauss, 1, rows, True)
     z = (values - location) / scale
-    clip = max(MIN_CLIP, float(np.quantile(np.abs(z), 0.995)))
+    clip = max(MIN_CLIP, float(np.quantile(np.abs(z), 0.995))) if limit else float(np.abs(z).max())
     z = np.clip(z, -clip, clip)
     z -= z.mean()
     frequencies, amplitudes, rest = find_lines(z)
@@ -237,7 +237,7 @@ def _process(null: Null, partial: F64, scale: F64, length: int, rng: np.random.G
     inside = np.arange(null.block)[:, None]
     # Circular blocks: each residual is drawn equally often, so that the null stream is centred.
     index = (starts[:, None, :] + inside).reshape(-1, chains)[:rows] % null.residuals.size
-    path = null.residuals[index] * scale
+    path: F64 = null.residuals[index] * scale
     if order:
         backwards = autoregression(partial)[::-1].copy()
         for t in range(1, rows):

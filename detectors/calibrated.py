@@ -87,7 +87,7 @@ class Calibrated:
 
     @property
     def reads(self) -> str:
-        """ "values" or "rows": whether an update takes a number or a row (D,)."""
+        """Whether an update takes a number ("values") or a row (D,) of them ("rows")."""
         return self._detector.reads
 
     @property

@@ -32,9 +32,10 @@ class EDetector(Detector):
     Each of the K components is a likelihood ratio: a mean that moved up or down by one of ``shifts``, or a deviation
     that became one of ``scales``, in standard deviations of the signal. The constants c_k make the expectation of e_k
     at most 1 without drift, so that e_k is an e-value and the sum over all starting points an e-detector: for values
-    independent of the past the mean time to a false alarm is at least exp(threshold) / sum_k w_k, whatever the horizon.
-    The weights w_k, the greatest of which is 1, give each component about the same rate of false alarms (D. Siegmund,
-    "Sequential Analysis", 1985, formula 10.14): alike in size they would leave small shifts no chance. Calibration (``Calibrated``) makes that exact instead of a bound, also for dependent values.
+    independent of the past the mean time to a false alarm is at least exp(threshold) / sum_k w_k, whatever the
+    horizon. Calibration (``Calibrated``) makes that exact instead of a bound, also for dependent values. The weights
+    w_k, the greatest of which is 1, give each component about the same rate of false alarms (D. Siegmund, "Sequential
+    Analysis", 1985, formula 10.14): all alike would leave small shifts no chance.
 
     Before ``fit`` c_k is that of the standard Gaussian: the guarantee then holds for Gaussian (for the mean: for all
     1-sub-Gaussian) values. ``fit`` takes it from the reference, whatever its tails. ``cap``, in nats, bounds what one
@@ -188,7 +189,8 @@ class EDetector(Detector):
             middle = 0.5 * (low + high)
             above = np.exp(np.clip(tilt - middle[:, None], LOWEST, cap)).mean(1) > 1.0
             low, high = np.where(above, middle, low), np.where(above, high, middle)
-        return high
+        found: F64 = high
+        return found
 
     def _increments(self, values: F64) -> tuple[F64, F64 | None]:
         """Log e-values (K, B) of ``values`` (B,) in grid units; and those of a first value after a shift, if other."""
@@ -210,7 +212,8 @@ class EDetector(Detector):
         np.maximum(steps, LOWEST, out=steps)
         np.minimum(steps, cap, out=steps)
         steps *= GRID
-        return np.rint(steps, out=steps)
+        rounded: F64 = np.rint(steps, out=steps)
+        return rounded
 
     def update(self, value: float) -> Self:
         """Read one value. Raises ``ValueError`` if it is not finite."""

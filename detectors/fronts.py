@@ -20,6 +20,8 @@ from detectors.bootstrap import (
 from detectors.rows_null import RowsNull, describe_rows, simulate_rows
 from detectors.standardise import Standardiser
 
+NARROW = 0.1
+"""A signal within [0, 1] that spans less than this is not taken for a share of something."""
 INDEPENDENT_ROWS = 20.0
 """A reference that weighs less than this says little; the method's description then says so."""
 
@@ -32,9 +34,6 @@ class Front:
     standardise: Standardiser
     null: Null | RowsNull
     width: int | None
-    domain: str
-    base: float = 0.0
-    span: float = 1.0
     seen: F64 = field(default_factory=lambda: np.empty(0))
     """The reference as the detector reads it."""
 
@@ -53,14 +52,10 @@ class Front:
         if isinstance(self.null, RowsNull):
             return simulate_rows(self.null, chains, length, seed)
         if self.standardise.weights.size:
-            paths = simulate_white(self.null, chains, length, seed)
-        else:
-            paths = simulate(self.null, chains, length, seed)
-        if self.domain == "raw":
-            return list(paths * self.null.scale + self.null.location)
-        clip = self.standardise.clip if not self.standardise.weights.size else np.inf
-        last = Standardiser(clip=clip, domain=self.domain, base=self.base, span=self.span)
-        return [last.many(path) for path in paths]
+            white = simulate_white(self.null, chains, length, seed)
+            return [self.standardise.limited(path) for path in white]
+        paths = simulate(self.null, chains, length, seed) * self.null.scale + self.null.location
+        return [self.standardise.many(path) for path in paths]
 
     def describe(self) -> str:
         """How the null streams are made, in a few words."""
@@ -98,46 +93,59 @@ def _of_rows(detector: Detector, values: F64) -> Front:
     null = describe_rows(values, raw=raw, whiten=detector.assumes_independence and not raw)
     clip = np.full(values.shape[1], LARGEST) if raw else null.clip
     standardise = Standardiser(
-        null.location, null.scale, clip, weights=null.phi[None] if null.phi.any() else None, unit=null.unit
+        null.location,
+        null.scale,
+        clip,
+        weights=null.phi[None] if null.phi.any() else None,
+        unit=null.unit,
+        domain=detector.domain,
     )
     gain = float(np.median((1.0 - null.phi) / null.unit))
     fitted = detector.fit(null.white, gain=gain, jump=float(np.median(1.0 / null.unit)))
-    return Front(fitted, standardise, null, values.shape[1], detector.domain, seen=null.white)
+    return Front(fitted, standardise, null, values.shape[1], seen=null.white)
 
 
 def _of_values(detector: Detector, values: F64) -> Front:
-    null = describe(values)
     domain = detector.domain
-    if domain == "raw":
-        front = Front(detector, Standardiser(clip=LARGEST), null, None, domain)
-        front.seen = null.values * null.scale + null.location
+    usable = values[np.abs(values) < LARGEST]
+    natural = _natural(domain, usable)
+    null = describe(values, limit=natural is None)
+    if natural is not None:
+        # Nothing is filtered or clipped: 0 and 1 have to stay what they are.
+        front = Front(detector, natural, null, None)
+        front.seen = natural.many(usable)
         front.detector = detector.fit(front.seen)
         return front
-    kinds = np.unique(values[np.abs(values) < LARGEST][:1000]) if domain != "standard" else np.empty(0)
-    two = kinds.size == 2 and bool(np.isin(values[np.abs(values) < LARGEST], kinds).all())
-    partial = null.filter[:, None] if detector.assumes_independence and not two else np.empty((0, 1))
-    order = len(partial)
-    weights = autoregression(partial)[:, 0] if order else np.empty(0)
-    unit = float(residual_scale(partial)[0]) if order else 1.0
-    plain = Standardiser(null.location, null.scale, null.clip, weights=weights, unit=unit)
-    gain, jump = ((1.0 - float(weights.sum())) / unit, 1.0 / unit) if order else (1.0, 1.0)
+    partial = null.filter[:, None] if detector.assumes_independence else np.empty((0, 1))
+    weights = autoregression(partial)[:, 0]
+    unit = float(residual_scale(partial)[0]) if len(partial) else 1.0
     # In units of the standardised value; describe has clipped the reference already.
     read = Standardiser(weights=weights, unit=unit).many(null.values)
     base, span = 0.0, 1.0
-    if two:
-        low, high = ((kinds - null.location) / null.scale).tolist()
-        base, span = (0.5 * (low + high), 1.0) if domain == "binary" else (low, high - low)
-    elif domain == "binary":
+    if domain == "binary":
         base = float(np.median(read))
     elif domain == "unit":
         reach = float(np.abs(read).max()) or 1.0
         base, span = -reach, 2.0 * reach
-    front = Front(detector, plain, null, None, domain, base, span)
-    if domain != "standard":
-        front.standardise = Standardiser(
-            null.location, null.scale, null.clip, weights=weights, unit=unit, domain=domain, base=base, span=span
-        )
-        read = Standardiser(domain=domain, base=base, span=span).many(read)
-    front.seen = read
-    front.detector = detector.fit(read, gain=gain, jump=jump)
+    standardise = Standardiser(
+        null.location, null.scale, null.clip, weights=weights, unit=unit, domain=domain, base=base, span=span
+    )
+    front = Front(detector, standardise, null, None, seen=standardise.limited(read))
+    gain, jump = ((1.0 - float(weights.sum())) / unit, 1.0 / unit) if len(partial) else (1.0, 1.0)
+    front.detector = detector.fit(front.seen, gain=gain, jump=jump)
     return front
+
+
+def _natural(domain: str, values: F64) -> Standardiser | None:
+    """The map of ``values`` (N,) that are in the domain already, or are two values only; else None."""
+    if domain == "raw":
+        return Standardiser(clip=LARGEST, domain=domain)
+    if domain == "standard" or not values.size:
+        return None
+    low, high = float(values.min()), float(values.max())
+    two = bool(((values == low) | (values == high)).all())
+    if low >= 0.0 and high <= 1.0 and (domain == "unit" or two) and (high - low > NARROW or {low, high} <= {0.0, 1.0}):
+        low, high = 0.0, 1.0
+    elif not two:
+        return None
+    return Standardiser(low, (high - low) or 1.0, LARGEST, domain=domain, base=0.5 if domain == "binary" else 0.0)

@@ -37,9 +37,9 @@ class Standardiser:
         self.location, self.scale, self.clip, self.unit = location, scale, clip, unit
         self.weights = np.empty(0) if weights is None else np.asarray(weights, dtype=np.float64)
         self._reversed = self.weights[::-1].copy()
-        self._domain, self._base, self._span = domain, base, span
+        self.domain, self.base, self.span = domain, base, span
         self._past: F64 | None = None
-        self._plain = not self.weights.size and domain == "standard"
+        self._plain = not self.weights.size and domain in ("standard", "raw")
 
     def one(self, value: float) -> float | None:
         """``many`` for one value; None while the filter has no past."""
@@ -61,11 +61,13 @@ class Standardiser:
         np.minimum(z, self.clip, out=z)
         if self.weights.size:
             z = self._filtered(z)
-        if self._domain == "unit":
-            z = np.minimum(np.maximum((z - self._base) / self._span, 0.0), 1.0)
-        elif self._domain == "binary":
-            z = (z > self._base).astype(np.float64)
-        return z
+        return self.limited(z)
+
+    def limited(self, z: F64) -> F64:
+        """What the domain makes of standardised, filtered values."""
+        if self.domain == "unit":
+            return np.minimum(np.maximum((z - self.base) / self.span, 0.0), 1.0)
+        return (z > self.base).astype(np.float64) if self.domain == "binary" else z
 
     def _filtered(self, z: F64) -> F64:
         order = len(self.weights)

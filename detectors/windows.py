@@ -1,0 +1,163 @@
+"""Sums of feature rows over windows of dyadic length that end at the newest row, and how unusual they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detectors.base import F64
+
+Whole = NDArray[Any]
+"""Whole numbers, held in float64 or in int32."""
+
+WINDOWS = (4, 8, 16, 32, 64, 128, 256, 512)
+"""Lengths in rows: a change is looked for over one that is at most twice too long."""
+LENGTHS = np.array(WINDOWS)
+KEPT = WINDOWS[-1] - 1
+"""Rows before the newest that the longest window still holds."""
+SPAN = 128
+"""Most rows scanned at once: their sums stay in the processor's cache."""
+CAPACITY = KEPT + 1 + 8 * SPAN
+LONGEST = float(2**17)
+"""Bound of a feature row's Euclidean norm, in steps of its grid of whole numbers: the squared norm of a sum over 512
+rows is then under 2**52, exact in float64, whatever the order in which it is added up."""
+FEW = 16.0
+"""Windows that must fit into the reference, one beside the other, for its serial dependence to be measured there."""
+SURE = 2.0
+"""Standard errors by which dependence must show before it counts."""
+
+
+class Windows:
+    """Running sums of feature rows (R,), whole numbers in ``dtype``, since the start.
+
+    Rows from before the start count as zero. The sums are exact: in float64 because they stay under 2**53, in int32
+    because a difference is right even where a running sum has wrapped around, while the sum of a window stays under
+    2**31.
+    """
+
+    def __init__(self, width: int, dtype: type[np.float64] | type[np.int32]) -> None:
+        self._sums = np.zeros((CAPACITY, width), dtype=dtype)
+        self._scratch = np.empty((SPAN, width), dtype=dtype)
+        self._start = self._newest = 0
+
+    def append(self, features: Whole) -> int:
+        """Add ``features`` (B, R), B up to ``SPAN``. Returns the position of the first of them."""
+        end = self._newest + len(features)
+        if end >= CAPACITY:
+            kept = max(self._start, self._newest - KEPT)
+            self._sums[: self._newest - kept + 1] = self._sums[kept : self._newest + 1] - self._sums[kept]
+            self._start, self._newest, end = 0, self._newest - kept, end - kept
+        first = self._newest + 1
+        added = self._sums[first : end + 1]
+        np.add.accumulate(features, axis=0, out=added)
+        added += self._sums[self._newest]
+        self._newest = end
+        return first
+
+    def over(self, window: int, begin: int, end: int) -> Whole:
+        """Sums (end - begin, R) over the last ``window`` rows at the positions from ``begin`` to ``end``.
+
+        Valid until the next call.
+        """
+        short = min(max(self._start + window - begin, 0), end - begin)
+        out = self._scratch[: end - begin]
+        np.subtract(self._sums[begin : begin + short], self._sums[self._start], out=out[:short])
+        np.subtract(self._sums[begin + short : end], self._sums[begin + short - window : end - window], out=out[short:])
+        return out
+
+    def at(self, position: int) -> Whole:
+        """Sums (W, R) over all windows at one position: ``over`` for each of them, in one go."""
+        sums: Whole = self._sums[position] - self._sums[np.maximum(position - LENGTHS, self._start)]
+        return sums
+
+    def restart(self, position: int) -> None:
+        """Start anew after ``position``: the rows up to it count as zero from now on."""
+        self._start = position
+
+    def recent(self) -> NDArray[np.int32]:
+        """The feature rows that later sums still need, oldest first (up to KEPT, R)."""
+        kept = max(self._start, self._newest - KEPT)
+        return np.diff(self._sums[kept : self._newest + 1], axis=0).astype(np.int32)
+
+    def load(self, recent: NDArray[np.int32]) -> None:
+        """Go on from what ``recent`` gave. Raises ``ValueError`` if there are too many rows."""
+        if len(recent) > KEPT:
+            raise ValueError(f"at most {KEPT} feature rows can be restored, got {len(recent)}: the state is damaged")
+        self._start, self._newest = 0, len(recent)
+        self._sums[0] = 0
+        np.cumsum(recent, axis=0, dtype=self._sums.dtype, out=self._sums[1 : len(recent) + 1])
+
+
+def growth(features: F64) -> F64:
+    """Variance of a window's sum beside that of as many independent rows, for each window (W,).
+
+    ``features`` (N, R) are those of the reference, with mean zero. One factor is their serial dependence, measured
+    where ``FEW`` windows fit into the reference, carried over to longer ones, and left at 1 where chance explains it.
+    The other is 1 + window / N: the mean, which is subtracted, is itself an estimate from N rows.
+    """
+    rows = len(features)
+    spread, square, _ = _traces(features)
+    sums = np.concatenate((np.zeros((1, features.shape[1])), np.cumsum(features, axis=0)))
+    factors = np.empty(len(WINDOWS))
+    factor = 1.0
+    for k, window in enumerate(WINDOWS):
+        if FEW * window <= rows and spread > 0.0:
+            over = sums[window:] - sums[:-window]
+            share = float(np.einsum("br,br->", over, over)) / (len(over) * window * spread * (1.0 - window / rows))
+            # Overlapping windows: the integral of their squared correlation is two thirds of a window.
+            error = np.sqrt(2.0 * square * 2.0 * window / (3.0 * rows)) / spread
+            factor = max(factor, share) if share > 1.0 + SURE * error else factor
+        factors[k] = factor * (1.0 + window / rows)
+    return factors
+
+
+def gauge(features: F64) -> F64:
+    """What ``evidence`` needs to read the squared norm of a sum of such ``features`` (N, R): (W, 4).
+
+    The squared norm is close to a weighted sum of chi-squares. The shifted chi-square with the same mean, variance
+    and skewness stands for it (J. P. Imhof, "Computing the distribution of quadratic forms in normal variables",
+    Biometrika 48, 1961), and its cube root is nearly normal (E. B. Wilson, M. M. Hilferty, "The distribution of
+    chi-square", PNAS 17, 1931). The variance of a short window has a term for the rows' own kurtosis.
+    """
+    spread, square, cube = _traces(features)
+    if not spread > 0.0:
+        # Nothing moves in the reference: a step of the grid is then one deviation.
+        spread, square, cube = 1.0, 1.0, 1.0
+    norms = np.einsum("br,br->b", features, features)
+    freedom = square**3 / cube**2
+    windows = LENGTHS.astype(np.float64)
+    larger = growth(features)
+    variance = 2.0 * square + (float(norms.var()) - 2.0 * square) / windows
+    slope = np.sqrt(2.0 / (freedom * variance)) / (larger * windows)
+    offset = 1.0 - spread * np.sqrt(2.0 / (freedom * variance))
+    deviation = np.sqrt(2.0 / (9.0 * freedom))
+    ones = np.ones_like(windows)
+    return np.stack([slope, offset, (1.0 - 2.0 / (9.0 * freedom)) * ones, ones / deviation], axis=1)
+
+
+def deviations(sums: F64, gauged: F64) -> F64:
+    """How many deviations the squared norms of ``sums`` (B, R) lie above their mean (B,).
+
+    ``gauged`` is the row of ``gauge`` (4,) for their window, or the rows (B, 4) of one window each.
+    """
+    slope, offset, mean, steepness = gauged.T
+    cube_root: F64 = np.cbrt(slope * np.einsum("br,br->b", sums, sums) + offset)
+    cube_root -= mean
+    cube_root *= steepness
+    return cube_root
+
+
+def evidence(z: F64) -> F64:
+    """z**2 / 2 where z (B,) is positive, else 0: about minus the logarithm of the chance of so much or more."""
+    positive: F64 = np.maximum(z, 0.0)
+    half: F64 = 0.5 * positive * positive
+    return half
+
+
+def _traces(features: F64) -> tuple[float, float, float]:
+    """Traces of the first three powers of the covariance of ``features`` (N, R), whose mean is zero."""
+    covariance = features.T @ features / len(features)
+    product = covariance @ covariance
+    return float(np.trace(covariance)), float(np.trace(product)), float(np.einsum("ij,ji->", product, covariance))
