@@ -35,6 +35,12 @@ class Reference:
     """Mean entropy of the predictions divided by ln K, in [0, 1]; 0 in regression."""
     error: float
     """Error rate (classification) or mean squared error (regression) on held-out source data."""
+    class_feature_mean: Tensor | None = None
+    """(K, D) mean of the features of the rows that the model puts into each class; None without features or classes."""
+    class_feature_var: Tensor | None = None
+    """(K, D) variance of the same."""
+    feature_axes: Tensor | None = None
+    """(R, D) leading principal directions of wide features, orthonormal; None where D is small."""
     output_mean: float = 0.0
     """Mean of the model's outputs on the source data."""
     output_var: float = 1.0
@@ -81,7 +87,8 @@ class Reference:
         prepared = _nested(tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREPARED)}
         known = {part.name for part in fields(cls)} - {"prepared"}
-        optional = {"feature_mean", "feature_var", "class_prior"}
+        classes = {"class_feature_mean", "class_feature_var", "feature_axes"}
+        optional = {"feature_mean", "feature_var", "class_prior"} | classes
         if missing := sorted(known - optional - tensors.keys()):
             raise ValueError(f"the reference lacks {', '.join(missing)}: pack the bundle again")
         if unknown := sorted(tensors.keys() - known):
@@ -96,6 +103,7 @@ class Reference:
             exemplars_y=tensors["exemplars_y"],
             entropy=float(tensors["entropy"]),
             error=float(tensors["error"]),
+            **{name: tensors.get(name) for name in classes},
             output_mean=float(tensors["output_mean"]),
             output_var=float(tensors["output_var"]),
             prepared=prepared,

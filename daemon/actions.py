@@ -10,8 +10,10 @@ from daemon.learner import Learner
 from daemon.monitor import Monitor
 from daemon.regulator import Decision, Reading, RegulatorLimits, State
 from daemon.resident import Resident
+from daemon.shift_kind import ShiftKind
 from daemon.tally import Tally
 from daemon.telemetry import Telemetry
+from daemon.watch import REPORTED
 
 log = structlog.get_logger("homeostat.regulator")
 
@@ -109,11 +111,7 @@ class Actions:
 
     def apply(self, decision: Decision, reading: Reading, source: str) -> bool:
         """Act on a decision; returns whether the next batch adapts."""
-        if reading.drift and self._state is State.STEADY:
-            for name in self.monitor.alarms:
-                self._telemetry.drifts[name].inc()
-            self._tally.drifts += 1
-            log.info("drift", signals=self.monitor.alarms, value=round(reading.value, 3))
+        self._report_alarms(reading)
         if decision.cancel_slow:
             self.learner.cancel()
         if decision.reset_fast:
@@ -132,6 +130,7 @@ class Actions:
                 gain=round(decision.gain, 4),
                 value=round(reading.value, 3),
                 source=source,
+                shift=self.monitor.watch.shift.kind.value,
                 trip=reading.trip,
                 learner=reading.learner,
                 version=self.resident.current.number,
@@ -140,6 +139,27 @@ class Actions:
         self._state = decision.state
         self._telemetry.enter(decision.state)
         return decision.adapt
+
+    def _report_alarms(self, reading: Reading) -> None:
+        watch = self.monitor.watch
+        kind = watch.judge(self.monitor.deviations())
+        steady = self._state is State.STEADY
+        counted = [name for name in watch.alarms if steady or name in REPORTED]
+        for name in counted:
+            # A risk that stays high is no shift of its own: it counts for the one at hand.
+            kind_now = ShiftKind.CONCEPT if watch.shift.kind is ShiftKind.NONE else watch.shift.kind
+            self._telemetry.drifts[name, kind_now.value].inc()
+        if reading.drift and steady:
+            self._tally.drifts += 1
+            value = round(reading.value, 3)
+            log.info("drift", signals=watch.alarms, shift=watch.shift.kind.value, value=value)
+        elif kind is ShiftKind.NONE:
+            log.info("no shift any more")
+        elif kind is not None:
+            log.info("shift", kind=kind.value, signals=watch.alarms)
+        for name in watch.warnings:
+            self._telemetry.warnings[name].inc()
+            log.info("early warning: variance or memory of a signal grows", signal=name)
 
     def resume(self, state: State) -> None:
         """Go on in ``state`` after a restart."""

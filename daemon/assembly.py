@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import structlog
 import torch
 
-import detectors
 from daemon.actions import Actions
 from daemon.bundle import Bundle, open_bundle
+from daemon.detector_settings import check_calibrated, check_detectors
 from daemon.errors import SettingsError
 from daemon.labels import LabelJoin
 from daemon.learner import Learner
@@ -101,6 +101,7 @@ def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda tex
             settings.detect.arl0,
             progress,
             fast_name=settings.fast.name,
+            features=settings.detect.features,
         )
     )
 
@@ -137,7 +138,7 @@ def _config_hash(settings: Settings, bundle: Bundle) -> str:
         "bundle": bundle.hash,
         "fast": settings.fast.model_dump(mode="json"),
         "slots": settings.slots,
-        "detect": settings.detect.name,
+        "detect": [settings.detect.name, settings.detect.features],
         "slow": settings.slow.model_dump(mode="json", include={"name", "memory_rows", "holdout_rows"}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -147,12 +148,6 @@ def _advice(variable: str, value: str, error: Exception) -> SettingsError:
     return SettingsError([f"{variable}={value}: {error}"])
 
 
-def _check_detector(settings: Settings, known: Sequence[str], problem: str) -> None:
-    name = settings.detect.name
-    if name not in known:
-        raise SettingsError([f"HOMEOSTAT_DETECT={name}: {problem} {', '.join(sorted(known))}"])
-
-
 def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Worker:
     """Open the bundle and build the worker; streams are made but not opened.
 
@@ -160,9 +155,9 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
         HomeostatError: naming the variable or file and what is wrong.
     """
     torch.set_num_threads(settings.threads)
-    _check_detector(settings, detectors.names(), "there is no such detector; there are")
+    check_detectors(settings)
     bundle = load_bundle(settings, progress)
-    _check_detector(settings, list(bundle.calibration["detectors"]), "the bundle is not calibrated for it, but for")
+    check_calibrated(settings, bundle.calibration["detectors"])
     manifest = bundle.manifest
     task, shape = manifest.task, tuple(manifest.input_shape)
     try:
@@ -170,7 +165,8 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
     except (ValueError, RuntimeError) as error:
         raise _advice("HOMEOSTAT_DEVICE", settings.device, error) from None
     reference = bundle.reference.to(device)
-    meter = Meter(task, reference, keep_probabilities=settings.probabilities)
+    watched = settings.detect.features is not None
+    meter = Meter(task, reference, keep_probabilities=settings.probabilities, keep_features=watched)
     try:
         resident = Resident(
             bundle.model,
@@ -197,6 +193,7 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
             bundle.calibration,
             guard=settings.guard,
             detector=settings.detect.name,
+            features=settings.detect.features,
             prior=None if prior is None else prior.cpu().numpy(),
             labelled=bool(settings.labels) or is_simulated(settings),
         )
@@ -215,7 +212,8 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
     if not settings.slow.enabled or not has_labels:
         limits = _without_slow(limits)
     regulator = Regulator(limits)
-    telemetry = Telemetry(monitor.signal_names(), list(monitor.detectors))
+    watch = monitor.watch
+    telemetry = Telemetry(monitor.signal_names(), list(monitor.deviations()), list(watch.detectors), list(watch.early))
     tally = Tally(outputs=classes or 0)
     labels = open_label_stream(settings)
     decoder = codec(settings.codec, shape)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from adapters.reference import Reference
 
-SCHEMA = 1
+SCHEMA = 2
 FILES = ("model.safetensors", "reference.safetensors", "calibration.json")
 BUILT_IN = frozenset({"daemon.streams.simmodel:build"})
 """Factories that are part of homeostat and need no permission."""

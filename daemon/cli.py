@@ -1,4 +1,4 @@
-"""The command line: ``homeostat run | check | pack | inspect | broker | simulate``.
+"""The command line: ``homeostat run | check | pack | inspect | broker | simulate | detect``.
 
 Nothing heavy is imported before a command needs it: help, and a wrong setting, answer at once.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import daemon
+from daemon import detect_command
 from daemon.errors import HomeostatError, SettingsError
 
 EXIT_CODES = """\
@@ -147,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     simulate.add_argument("--bundle", type=Path, metavar="FOLDER", help="also pack the simulator's own model there")
     simulate.add_argument("--seed", type=int, default=7, metavar="N", help="seed of the array (7)")
+
+    detect_command.add(commands)
     return parser
 
 
@@ -245,6 +248,8 @@ def _pack(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         head=arguments.head,
         arl0=settings.detect.arl0,
+        watch=tuple(dict.fromkeys((*packing.DETECTORS, settings.detect.name))),
+        watch_features=settings.detect.features,
         seed=arguments.seed,
         prepare=arguments.fast,
         progress=progress,
@@ -286,6 +291,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "broker": _broker,
     "simulate": _simulate,
+    "detect": detect_command.run,
 }
 
 if __name__ == "__main__":

@@ -176,12 +176,12 @@ class Loop:
         reading = Reading(
             rows=rows,
             value=value,
-            drift=bool(self.monitor.alarms),
+            drift=self.monitor.watch.drift(),
             trip=actions.take_trip(),
             learner=learnt,
         )
         self.adapt = actions.apply(self.regulator.step(reading), reading, source)
-        self.monitor.alarms = []
+        self.monitor.watch.taken()
 
     def idle(self) -> None:
         """The stream has no more for now: labels that wait for its time are due by the wall clock."""
@@ -248,9 +248,10 @@ class Loop:
             telemetry.signal[name].set(value)
         for name, value in monitor.deviations().items():
             telemetry.deviation[name].set(value)
-        for name, detector in monitor.detectors.items():
+        for name, detector in monitor.watch.detectors.items():
             telemetry.statistic[name].set(detector.statistic)
             telemetry.threshold[name].set(detector.threshold)
+        telemetry.shift_is(monitor.watch.shift.kind)
         for model, level in monitor.errors.items():
             telemetry.error[model].set(level.value)
         for test, value in monitor.evidence().items():

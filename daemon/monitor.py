@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import detectors
 from daemon.guard import Guard, GuardLimits
 from daemon.labels import Joined
 from daemon.records import F32, F64
@@ -19,6 +18,7 @@ from daemon.resident import Predicted
 from daemon.runs import Runs
 from daemon.signals import Level, blend, divergence
 from daemon.trust import Trust
+from daemon.watch import Watch
 
 LEVEL_ROWS = 256
 """Memory of a signal's level, in rows; `homeostat pack` measures the bands for it."""
@@ -43,6 +43,7 @@ class Monitor:
         *,
         guard: GuardLimits,
         detector: str,
+        features: str | None = None,
         prior: np.ndarray | None,
         labelled: bool = False,
     ) -> None:
@@ -50,12 +51,7 @@ class Monitor:
         self.names = names
         self._bands = calibration["bands"]
         self._loss_scale = float(calibration["loss_scale"])
-        self.detectors = {
-            name: detectors.Calibrated.from_calibration(
-                detectors.build(detector), calibration["detectors"][detector][name]
-            )
-            for name in (*names, "error")
-        }
+        self.watch = Watch(names, task, calibration, detector, features)
         self.levels = {name: Level(LEVEL_ROWS) for name in names}
         self.errors = {name: Level(ERROR_ROWS) for name in ("served", "adapted", "version", "frozen")}
         self._prior = None if prior is None else np.asarray(prior, np.float64)
@@ -65,18 +61,14 @@ class Monitor:
         self.slow_guard = Guard(guard, prior=self._prior)
         self.trust = Trust(self._prior, labelled=labelled)
         self._slow_runs = Runs()
-        self.alarms: list[str] = []
-        """Signals that alarmed since the last reading; labels may raise one while no row comes."""
 
     def observe(self, predicted: Predicted) -> str | None:
         """Take in one batch; returns the fast guard's reason when the adapted answers must not be used."""
         rows, adapted = predicted.rows, predicted.adapted_rows
         count = len(rows.prediction)
         for column, name in enumerate(self.names):
-            values = rows.signals[:, column]
-            self.levels[name].update(values)
-            if self.detectors[name].update_many(values.astype(np.float64)):
-                self.alarms.append(name)
+            self.levels[name].update(rows.signals[:, column])
+        self.watch.rows(rows)
         if rows.mean_p is not None:
             self._confidence.update(rows.confidence)
         if rows.mean_p is not None and np.isfinite(rows.mean_p).all():
@@ -117,8 +109,7 @@ class Monitor:
         """
         self.trust.label_came()
         losses = {name: self.loss(getattr(joined, name), joined.y) for name in self.errors}
-        if self.detectors["error"].update_many(np.clip(losses["served"], 0, 10)) and "error" not in self.alarms:
-            self.alarms.append("error")
+        self.watch.losses(losses["served"])
         now, same_version = joined.epoch == epoch, joined.number == number
         current = (joined.by_fast == 1) & now if fast else (joined.by_fast == 0) & same_version
         self.errors["served"].update(losses["served"][current])
@@ -201,8 +192,7 @@ class Monitor:
 
     def rebaseline(self, rows: int) -> None:
         """What is coming in now is the new normal for the detectors (not for the bands)."""
-        for name, detector in self.detectors.items():
-            detector.rebaseline(rows if name != "error" else max(MIN_LABELS, rows // 4))
+        self.watch.rebaseline(rows)
 
     def forget_fast(self) -> None:
         """The fast adaptation starts again from nothing: the evidence for and against it is void."""
@@ -235,19 +225,20 @@ class Monitor:
             "mean_p": self._mean_p,
             "confidence": self._confidence.state_dict(),
             "loss": self._loss.state_dict(),
-            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
+            "watch": self.watch.state_dict(),
             "fast_guard": self.fast_guard.state_dict(),
             "slow_guard": self.slow_guard.state_dict(),
             "trust": self.trust.state_dict(),
             "slow_runs": self._slow_runs.state_dict(),
-            "alarms": list(self.alarms),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        for group, items in (("levels", self.levels), ("errors", self.errors), ("detectors", self.detectors)):
-            for name, item in items.items():
-                item.load_state_dict(state[group][name])
+        for name, level in self.levels.items():
+            level.load_state_dict(state["levels"][name])
+        for name, level in self.errors.items():
+            level.load_state_dict(state["errors"][name])
+        self.watch.load_state_dict(state["watch"])
         self._mean_p = state["mean_p"]
         self._confidence.load_state_dict(state["confidence"])
         self._loss.load_state_dict(state["loss"])
@@ -255,7 +246,6 @@ class Monitor:
         self.slow_guard.load_state_dict(state["slow_guard"])
         self.trust.load_state_dict(state["trust"])
         self._slow_runs.load_state_dict(state["slow_runs"])
-        self.alarms = list(state["alarms"])
 
 
 def _double(mean_p: F32 | None) -> F64 | None:

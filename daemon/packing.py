@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 import adapters.fast as fast
-import detectors
 from adapters.features import FeatureTap, find_head
 from adapters.reference import Reference
 from daemon.bundle import Manifest, save_bundle
+from daemon.calibrating import calibrate_watch
 from daemon.errors import BundleError
 from daemon.monitor import ERROR_ROWS, LEVEL_ROWS
-from daemon.signals import Meter, names
+from daemon.signals import Meter, Rows, names
+from daemon.source_reference import make_reference
 
 CHUNK = 512
 CALIBRATION_SHARE = 0.25
@@ -97,6 +98,7 @@ def pack(
     head: str | None = None,
     arl0: float = 200_000,
     watch: Sequence[str] = DETECTORS,
+    watch_features: str | None = None,
     seed: int = 0,
     prepare: Sequence[str] = (),
     progress: Progress = lambda text: None,
@@ -114,6 +116,7 @@ def pack(
         head: name of the last linear layer; found when None.
         arl0: mean rows between false alarms of all detectors together.
         watch: detectors to calibrate; the daemon runs with one of these.
+        watch_features: detector of rows to calibrate on the features.
         seed: of the draws.
         prepare: fast methods that are to compute what they need from the source rows.
         progress: told what is being done.
@@ -152,21 +155,25 @@ def pack(
         reference = _prepared(method, model, reference, x, y, task, head=head, seed=seed, progress=progress)
 
     progress(f"calibration: {len(held_x)} rows")
-    measured, losses, loss_scale = _measure(model, reference, held_x, held_y, task, head)
-    report: dict[str, Any] = {"bands": {}, "detectors": {}, "loss_scale": loss_scale, "arl0": arl0}
-    columns = {name: measured[:, index].astype(np.float64) for index, name in enumerate(names(task))}
+    rows_seen, losses, loss_scale = _measure(model, reference, held_x, held_y, task, head, features is not None)
+    report: dict[str, Any] = {"bands": {}, "loss_scale": loss_scale, "arl0": arl0}
+    columns = {name: rows_seen.signals[:, index].astype(np.float64) for index, name in enumerate(names(task))}
     for name, values in columns.items():
         report["bands"][name] = band(values, LEVEL_ROWS, BAND_FLOOR * float(values.std()))
     floor = ERROR_FLOOR if task == "classification" else 0.25 * float(losses.mean())
     report["bands"]["error"] = band(losses, ERROR_ROWS, floor)
-    # Every detector watches alone; together they may raise one false alarm in arl0 rows (Bonferroni).
-    each = arl0 * (len(columns) + 1)
-    for name in watch:
-        report["detectors"][name] = {}
-        for signal, values in {**columns, "error": losses}.items():
-            progress(f"calibration: {name} on {signal}")
-            calibrated = detectors.calibrate(detectors.build(name), values, arl0=each, seed=seed)
-            report["detectors"][name][signal] = calibrated.calibration()
+    report["detectors"] = calibrate_watch(
+        columns,
+        losses,
+        rows_seen.prediction.astype(np.float64),
+        rows_seen.features,
+        task=task,
+        names=watch,
+        features_name=watch_features,
+        arl0=arl0,
+        seed=seed,
+        progress=progress,
+    )
     return save_bundle(
         out,
         {
@@ -182,42 +189,6 @@ def pack(
         model,
         reference,
         report,
-    )
-
-
-def make_reference(
-    x: np.ndarray,
-    y: np.ndarray,
-    outputs: torch.Tensor,
-    features: torch.Tensor | None,
-    exemplars: np.ndarray,
-    task: str,
-    count: int,
-) -> Reference:
-    """Moments of inputs, features and outputs, class prior and exemplars of the source rows."""
-    flat = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1)))
-    if task == "classification":
-        p_BK = outputs.float().softmax(1)
-        prior = torch.from_numpy(np.bincount(y.astype(np.int64), minlength=count) / len(y)).float()
-        entropy = float((-(p_BK * p_BK.clamp_min(1e-12).log()).sum(1) / np.log(max(2, count))).mean())
-        error = float((outputs.argmax(1).numpy() != y).mean())
-        labels = torch.from_numpy(y[exemplars].astype(np.int64))
-    else:
-        prior, entropy = None, 0.0
-        error = float(((outputs.reshape(len(x), -1)[:, 0].numpy() - y) ** 2).mean())
-        labels = torch.from_numpy(y[exemplars].astype(np.float32))
-    return Reference(
-        input_mean=flat.mean(0),
-        input_var=flat.var(0, correction=0),
-        feature_mean=None if features is None else features.float().mean(0),
-        feature_var=None if features is None else features.float().var(0, correction=0),
-        class_prior=prior,
-        exemplars_x=torch.from_numpy(np.ascontiguousarray(x[exemplars])),
-        exemplars_y=labels,
-        entropy=entropy,
-        error=error,
-        output_mean=float(outputs.float().mean()),
-        output_var=float(outputs.float().var(correction=0)),
     )
 
 
@@ -258,21 +229,32 @@ def _prepared(
 
 
 def _measure(
-    model: nn.Module, reference: Reference, x: np.ndarray, y: np.ndarray, task: str, head: str | None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Row signals (n, S), losses (n,) and the scale of a regression's loss on the calibration rows."""
-    meter = Meter(task, reference)
+    model: nn.Module,
+    reference: Reference,
+    x: np.ndarray,
+    y: np.ndarray,
+    task: str,
+    head: str | None,
+    with_features: bool,
+) -> tuple[Rows, np.ndarray, float]:
+    """What is measured of the calibration rows (n), their losses (n,) and the scale of a regression's loss."""
+    meter = Meter(task, reference, keep_features=with_features)
     kind = "logits" if task == "classification" else "values"
-    signals, predictions = [], []
+    chunks: list[Rows] = []
     with _tap(model, head) as tap, torch.inference_mode():
         for start in range(0, len(x), CHUNK):
             chunk = torch.from_numpy(np.ascontiguousarray(x[start : start + CHUNK]))
             outputs = model(chunk)
-            measured = meter.measure(chunk, outputs, None if tap is None else tap.features, kind=kind)
-            signals.append(measured.signals)
-            predictions.append(measured.prediction)
-    predicted = np.concatenate(predictions)
+            chunks.append(meter.measure(chunk, outputs, None if tap is None else tap.features, kind=kind))
+    watched = [rows.features for rows in chunks if rows.features is not None]
+    whole = Rows(
+        np.concatenate([rows.prediction for rows in chunks]),
+        np.concatenate([rows.confidence for rows in chunks]),
+        np.concatenate([rows.signals for rows in chunks]),
+        None,
+        features=np.concatenate(watched) if watched else None,
+    )
     if task == "classification":
-        return np.concatenate(signals), (predicted != y).astype(np.float64), 1.0
+        return whole, (whole.prediction != y).astype(np.float64), 1.0
     scale = max(float(np.var(y)), 1e-12)
-    return np.concatenate(signals), (predicted.astype(np.float64) - y) ** 2 / scale, scale
+    return whole, (whole.prediction.astype(np.float64) - y) ** 2 / scale, scale

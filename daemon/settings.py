@@ -41,7 +41,10 @@ class Detection(Section):
     """What raises an alarm, and how often it may be wrong."""
 
     name: str = "cusum"
-    """Detector by name: cusum, adwin. HOMEOSTAT_DETECT=adwin is the short form."""
+    """Detector of each signal: cusum, e_detector, adwin, page_hinkley, kswin and others (`homeostat detect --help`).
+    HOMEOSTAT_DETECT=adwin is the short form. A bundle knows cusum, adwin, and what was set when it was packed."""
+    features: str | None = None
+    """Detector of the model's features as a whole: mmd, ks or mahalanobis. None: the signals are watched alone."""
     arl0: float = Field(200_000, ge=100)
     """Mean rows between false alarms of all watched signals together. `homeostat pack` calibrates for it."""
 

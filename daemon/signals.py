@@ -1,8 +1,9 @@
 """What is measured on each row: one small matrix on the device, one copy to the host a batch.
 
 A row's shift is the mean absolute z-score against the reference, clipped, so that one wild channel can't drown the
-others; its entropy is normalised by ln K. Detectors get these values row by row, so that an alarm doesn't depend on how
-the stream was cut into batches.
+others; its class shift is that of its features against the rows that the model put into the same class when it was
+packed, which other shares of the classes leave alone; its entropy is normalised by ln K. Detectors get these values row
+by row, so that an alarm doesn't depend on how the stream was cut into batches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from adapters.reference import Reference
 from daemon.records import F32, F64
 
-CLASSIFICATION = ("input_shift", "feature_shift", "entropy")
+CLASSIFICATION = ("input_shift", "feature_shift", "class_shift", "entropy")
 REGRESSION = ("input_shift", "feature_shift", "output_shift")
 CLIP = 10.0
 _TINY = 1e-12
@@ -42,6 +43,8 @@ class Rows:
     """(K,) mean prediction of the batch; None for a regression."""
     probabilities: F32 | None = None
     """(B, K), only when asked for."""
+    features: F32 | None = None
+    """(B, R), only when asked for: features, or their leading parts (see `Reference.feature_axes`)."""
 
     def finite(self) -> bool:
         """Whether every output is a finite number."""
@@ -51,14 +54,21 @@ class Rows:
 class Meter:
     """Computes the signals of one task against one reference, on the model's device."""
 
-    def __init__(self, task: str, reference: Reference, *, keep_probabilities: bool = False) -> None:
+    def __init__(
+        self, task: str, reference: Reference, *, keep_probabilities: bool = False, keep_features: bool = False
+    ) -> None:
         self.task = task
         self.names = names(task)
         self._keep = keep_probabilities
+        self._keep_features = keep_features
+        self._mean, self._axes = reference.feature_mean, reference.feature_axes
         self._input = _centre_scale(reference.input_mean, reference.input_var)
         self._feature: tuple[Tensor, Tensor] | None = None
         if reference.feature_mean is not None and reference.feature_var is not None:
             self._feature = _centre_scale(reference.feature_mean, reference.feature_var)
+        self._classes: tuple[Tensor, Tensor] | None = None
+        if reference.class_feature_mean is not None and reference.class_feature_var is not None:
+            self._classes = _centre_scale(reference.class_feature_mean, reference.class_feature_var)
         self._output = reference.output_mean, max(reference.output_var, _TINY) ** 0.5
 
     def measure(self, x: Tensor, outputs: Tensor, features: Tensor | None, *, kind: str) -> Rows:
@@ -80,20 +90,44 @@ class Meter:
                 mean, scale = self._output
                 output_shift = ((value - mean) / scale).abs().clamp(max=CLIP)
                 columns = torch.stack((value, torch.zeros_like(value), input_shift, feature_shift, output_shift), 1)
-                host = columns.cpu().numpy()
-                return Rows(host[:, 0], host[:, 1], host[:, 2:], None)
+                kept = self._watched(features)
+                host = (columns if kept is None else torch.cat((columns, kept), 1)).cpu().numpy()
+                watched = None if kept is None else host[:, 5:]
+                return Rows(host[:, 0], host[:, 1], host[:, 2:5], None, features=watched)
             p_BK = outputs.float() if kind == "probs" else outputs.float().softmax(1)
             confidence, predicted = p_BK.max(1)
             entropy = -(p_BK * p_BK.clamp_min(_TINY).log()).sum(1) / math.log(max(2, p_BK.shape[1]))
-            columns = torch.stack((predicted.float(), confidence, input_shift, feature_shift, entropy), 1)
-            # A row per class mean rides along, so that one copy brings everything.
-            flat = torch.cat((columns.flatten(), p_BK.flatten() if self._keep else p_BK.mean(0))).cpu().numpy()
+            class_shift = feature_shift
+            if features is not None and self._classes is not None:
+                mean_KD, inverse_KD = self._classes
+                class_shift = _shift(features, mean_KD[predicted], inverse_KD[predicted])
+            parts = [predicted.float(), confidence, input_shift, feature_shift, class_shift, entropy]
+            columns = torch.stack(parts, 1)
+            kept = self._watched(features)
+            # All of it in one vector, so that one copy brings everything.
+            flat = [columns.flatten(), p_BK.flatten() if self._keep else p_BK.mean(0)]
+            host = torch.cat(flat if kept is None else [*flat, kept.flatten()]).cpu().numpy()
         rows, classes = p_BK.shape
-        host = flat[: rows * 5].reshape(rows, 5)
-        tail = flat[rows * 5 :]
-        probabilities = tail.reshape(rows, classes) if self._keep else None
-        mean_p = tail if probabilities is None else probabilities.mean(0)
-        return Rows(host[:, 0], host[:, 1], host[:, 2:], mean_p, probabilities)
+        head, tail = rows * len(parts), classes * (rows if self._keep else 1)
+        table, spread, rest = host[:head].reshape(rows, -1), host[head : head + tail], host[head + tail :]
+        probabilities = spread.reshape(rows, classes) if self._keep else None
+        mean_p = spread if probabilities is None else probabilities.mean(0)
+        watched = None if kept is None else rest.reshape(rows, -1)
+        return Rows(table[:, 0], table[:, 1], table[:, 2:], mean_p, probabilities, watched)
+
+    def _watched(self, features: Tensor | None) -> Tensor | None:
+        """What a detector of rows gets of ``features`` (B, D): (B, R), or None."""
+        return watched_features(features, self._mean, self._axes) if self._keep_features else None
+
+
+def watched_features(features: Tensor | None, mean: Tensor | None, axes: Tensor | None) -> Tensor | None:
+    """``features`` (B, D) themselves, or (B, R + 1): along ``axes`` (R, D), and the length of what these leave out."""
+    if features is None or axes is None or mean is None:
+        return None if features is None else features.float()
+    centred = features.float() - mean
+    along = centred @ axes.T
+    rest = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0).sqrt()
+    return torch.cat((along, rest[:, None]), 1)
 
 
 def _centre_scale(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from daemon import __version__
 from daemon.regulator import State
+from daemon.shift_kind import ShiftKind
 from daemon.streams.codecs import REASONS
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -63,7 +64,17 @@ class ArrayHistogram(Collector):
 class Telemetry:
     """The daemon's metrics on one registry."""
 
-    def __init__(self, signals: Sequence[str], detectors: Sequence[str]) -> None:
+    def __init__(
+        self, signals: Sequence[str], levels: Sequence[str], detectors: Sequence[str], early: Sequence[str] = ()
+    ) -> None:
+        """Every metric at its start.
+
+        Args:
+            signals: names of the signals, of ``homeostat_signal``.
+            levels: those with a band.
+            detectors: those with a detector that can alarm.
+            early: those with an early warning.
+        """
         self.registry = CollectorRegistry()
         kw: dict[str, Any] = {"registry": self.registry}
         self.build = Info("homeostat_build", "Version, model and method that run.", **kw)
@@ -125,13 +136,29 @@ class Telemetry:
             ["signal"],
             **kw,
         )
-        self.deviation = {name: self._deviation.labels(name) for name in detectors}
+        self.deviation = {name: self._deviation.labels(name) for name in levels}
         self._statistic = Gauge("homeostat_detector_statistic", "A detector's statistic.", ["signal"], **kw)
         self.statistic = {name: self._statistic.labels(name) for name in detectors}
         self._threshold = Gauge("homeostat_detector_threshold", "Where a detector raises its alarm.", ["signal"], **kw)
         self.threshold = {name: self._threshold.labels(name) for name in detectors}
-        self._drifts = Counter("homeostat_drifts_total", "Alarms raised in the steady state.", ["signal"], **kw)
-        self.drifts = {name: self._drifts.labels(name) for name in detectors}
+        self._drifts = Counter(
+            "homeostat_drifts_total",
+            "Alarms by signal and kind of shift: in the steady state, of prior and risk in every state.",
+            ["signal", "kind"],
+            **kw,
+        )
+        shifts = [kind.value for kind in ShiftKind if kind is not ShiftKind.NONE]
+        self.drifts = {(name, kind): self._drifts.labels(name, kind) for name in detectors for kind in shifts}
+        self._shift = Gauge("homeostat_shift", "1 for the kind of the present shift, 0 for the others.", ["kind"], **kw)
+        self.shift = {kind: self._shift.labels(kind.value) for kind in ShiftKind}
+        self.shift_is(ShiftKind.NONE)
+        self._warnings = Counter(
+            "homeostat_early_warnings_total",
+            "Warnings that a signal becomes unsteady; never an alarm.",
+            ["signal"],
+            **kw,
+        )
+        self.warnings = {name: self._warnings.labels(name) for name in early}
         self._bursts = Counter("homeostat_slow_bursts_total", "Bursts of the slow loop by result.", ["result"], **kw)
         self.bursts = {result: self._bursts.labels(result) for result in BURSTS}
         self.slow_seconds = ArrayHistogram(
@@ -184,6 +211,11 @@ class Telemetry:
                 self.in_state[self._state].set(0)
                 self.in_state[state].set(1)
                 self._state = state
+
+    def shift_is(self, kind: ShiftKind) -> None:
+        """The shift at present is of this kind."""
+        for each, gauge in self.shift.items():
+            gauge.set(float(each is kind))
 
     def labels_seen(self, **totals: int) -> None:
         """Bring the label counters to their totals; they only ever go up."""

@@ -259,4 +259,4 @@ def _as_rows(rows: Any, *, one: bool = False) -> F64:
     values = np.asarray(rows, dtype=np.float64)
     if one:
         return values.reshape(1, -1)
-    return values[:, None] if values.ndim == 1 else values.reshape(len(values), -1)
+    return values[:, None] if values.ndim == 1 else values.reshape(len(values), math.prod(values.shape[1:]))

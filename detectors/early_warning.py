@@ -45,7 +45,7 @@ class EarlyWarning(Detector):
     """
 
     advisory: ClassVar[bool] = True
-    calibration_rows: ClassVar[int] = 400_000
+    calibration_rows: ClassVar[int] = 200_000
 
     def __init__(
         self, threshold: float = 2.0, *, block: int = 32, points: int = 32, need: Literal["both", "one"] = "both"

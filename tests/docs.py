@@ -24,7 +24,7 @@ def variables_table() -> str:
 
 def metrics_table() -> str:
     """One row per metric family."""
-    telemetry = Telemetry(SIGNALS, [*SIGNALS, "error"])
+    telemetry = Telemetry(SIGNALS, [*SIGNALS, "error"], [*SIGNALS, "error", "risk", "prior"], ["entropy"])
     rows = ["| metric | type | labels | what it is |", "|---|---|---|---|"]
     for family in sorted(telemetry.registry.collect(), key=lambda family: family.name):
         labels = sorted({name for sample in family.samples for name in sample.labels} - {"le"})

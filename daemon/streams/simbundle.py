@@ -19,6 +19,7 @@ def ensure_bundle(
     arl0: float = 200_000,
     progress: Callable[[str], None] = lambda text: None,
     fast_name: str = "none",
+    features: str | None = None,
 ) -> Path:
     """The folder of the bundle for this simulator's seed, detector and rate of false alarms; made when not there.
 
@@ -28,10 +29,11 @@ def ensure_bundle(
     """
     seed = SimOptions.parse(source).seed
     prepare = _preparing(fast_name)
-    path = state_dir / "-".join(["simulator", __version__, f"seed{seed}", detector, f"{arl0:g}", *prepare])
+    watched = [detector, features] if features else [detector]
+    path = state_dir / "-".join(["simulator", __version__, f"seed{seed}", *watched, f"{arl0:g}", *prepare])
     if (path / "manifest.json").is_file():
         return path
-    make_bundle(path, seed, watch=(detector,), arl0=arl0, prepare=prepare, progress=progress)
+    make_bundle(path, seed, watch=(detector,), features=features, arl0=arl0, prepare=prepare, progress=progress)
     return path
 
 
@@ -52,11 +54,14 @@ def make_bundle(
     seed: int,
     *,
     watch: Sequence[str] | None = None,
+    features: str | None = None,
     arl0: float = 200_000,
     prepare: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Train the simulator's model and pack it to ``path``; ``watch`` names the detectors to calibrate, None: all."""
+    """Train the simulator's model and pack it to ``path``; ``watch`` names the detectors of signals to
+    calibrate (None: those that every bundle has), ``features`` that of the features.
+    """
     from daemon import packing
     from daemon.streams import simmodel
     from daemon.streams.simulator import AgeingArray
@@ -75,6 +80,7 @@ def make_bundle(
         calibration=array.source_data(_CALIBRATION_ROWS, draw=2),
         arl0=arl0,
         watch=packing.DETECTORS if watch is None else watch,
+        watch_features=features,
         prepare=prepare,
         progress=progress,
     )

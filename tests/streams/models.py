@@ -21,6 +21,7 @@ from adapters.fast import FastAdapter
 from adapters.features import FeatureTap, find_head
 from adapters.reference import Reference
 from daemon import packing
+from daemon.source_reference import make_reference
 from tests.streams import data, sources
 from tests.streams.data import F32, I64
 from tests.streams.sources import RECIPES
@@ -90,7 +91,7 @@ def reference_of(network: nn.Module, x: F32, y: I64) -> Reference:
     rng, classes = np.random.default_rng(0), np.unique(y)
     each = packing.EXEMPLARS // len(classes)
     exemplars = np.sort(np.concatenate([rng.permutation(np.flatnonzero(y == label))[:each] for label in classes]))
-    return packing.make_reference(x, y, logits, features, exemplars, "classification", logits.shape[1])
+    return make_reference(x, y, logits, features, exemplars, "classification", logits.shape[1])
 
 
 def prepared(name: str, network: nn.Module, known: Reference, method: type[FastAdapter], version: str) -> Reference:

@@ -16,6 +16,17 @@ FLAGS = {
     "pack": {"--factory", "--weights", "--data", "--calibration", "--out", "--task", "--head", "--seed", "--fast"},
     "inspect": {"--json"},
     "broker": {"--port", "--folder"},
+    "detect": {
+        "--column",
+        "--features",
+        "--detector",
+        "--reference",
+        "--arl0",
+        "--rebaseline",
+        "--changes",
+        "--plot",
+        "--json",
+    },
     "simulate": {"--to", "--labels-to", "--records", "--rate", "--seed", "--bundle"},
 }
 

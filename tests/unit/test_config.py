@@ -26,6 +26,7 @@ NAMES = [
     "DETECT",
     "DETECT__NAME",
     "DETECT__ARL0",
+    "DETECT__FEATURES",
     "TWIN_SHARE",
     "LABEL_WINDOW",
     "LABEL_WINDOW_BYTES",

@@ -171,10 +171,10 @@ def test_an_alarm_raised_by_labels_of_an_idle_stream_is_a_drift_at_the_next_batc
     wrong = [(int(label) + 1) % 3 for label in y]
     made.loop.labels = MemoryLabels(Labels([str(row) for row in range(128)], wrong, [0.0] * 128))
     made.loop.idle()
-    assert made.loop.monitor.alarms == ["error"]
+    assert made.loop.monitor.watch.alarms == ["error", "risk"]
     made.loop.process(decoded(x[:16], 128))
-    assert made.telemetry.drifts["error"]._value.get() == 1
-    assert made.loop.monitor.alarms == []
+    assert made.telemetry.drifts["error", "concept"]._value.get() == 1
+    assert made.loop.monitor.watch.alarms == []
 
 
 def test_labels_that_can_not_be_are_refused_and_taught_to_nobody(tmp_path: Path) -> None:

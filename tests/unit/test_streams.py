@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import adapters.fast as fast
-from daemon import packing
+from daemon.source_reference import make_reference
 from tests import streams
 from tests.benchmarks import errors, fast_models, fast_readme
 from tests.benchmarks import fast as bench
@@ -455,7 +455,7 @@ def test_the_readme_names_the_methods_that_serve_a_regression() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).eval()
     x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
     outputs, features = models.outputs(model, x)
-    known = packing.make_reference(x, x[:, 0], outputs, features, np.arange(100), "regression", 1)
+    known = make_reference(x, x[:, 0], outputs, features, np.arange(100), "regression", 1)
     serving = set()
     for name in fast.names():
         method, packed = fast.get(name), known

@@ -26,7 +26,9 @@ METRICS = {
     "homeostat_signal_deviation_ratio": ("gauge", ("signal",)),
     "homeostat_detector_statistic": ("gauge", ("signal",)),
     "homeostat_detector_threshold": ("gauge", ("signal",)),
-    "homeostat_drifts": ("counter", ("signal",)),
+    "homeostat_drifts": ("counter", ("kind", "signal")),
+    "homeostat_shift": ("gauge", ("kind",)),
+    "homeostat_early_warnings": ("counter", ("signal",)),
     "homeostat_slow_bursts": ("counter", ("result",)),
     "homeostat_slow_seconds": ("histogram", ()),
     "homeostat_version": ("gauge", ()),
@@ -43,7 +45,7 @@ METRICS = {
 
 
 def test_the_metrics_are_these_with_these_types_and_labels() -> None:
-    families = list(Telemetry(["entropy"], ["entropy", "error"]).registry.collect())
+    families = list(Telemetry(["entropy"], ["entropy", "error"], ["entropy", "error"], ["entropy"]).registry.collect())
     found = {}
     for family in families:
         labels = {name for sample in family.samples for name in sample.labels if name != "le"}
@@ -66,7 +68,7 @@ def test_an_array_is_counted_in_its_buckets() -> None:
 
 
 def test_exactly_one_state_is_on() -> None:
-    telemetry = Telemetry([], [])
+    telemetry = Telemetry([], [], [])
     for state in (State.FAST, State.FAST, State.FALLBACK):
         telemetry.enter(state)
         on = [name for name, gauge in telemetry.in_state.items() if gauge._value.get()]
@@ -74,7 +76,7 @@ def test_exactly_one_state_is_on() -> None:
 
 
 def test_label_counters_never_go_down() -> None:
-    telemetry = Telemetry([], [])
+    telemetry = Telemetry([], [], [])
     telemetry.labels_seen(joined=5)
     telemetry.labels_seen(joined=3)
     assert telemetry.labels["joined"]._value.get() == 5
