@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import daemon
-from daemon import detect_command
 from daemon.errors import HomeostatError, SettingsError
+from daemon.recorded import command as detect_command
 
 EXIT_CODES = """\
 exit codes:

@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
-from daemon.detect_figures import Figure, span, thinned, ticks
-from daemon.detect_watch import Watched
+from daemon.recorded.figures import Figure, span, thinned, ticks
+from daemon.recorded.watch import Watched
 from daemon.records import F64
 
 LEFT, RIGHT, WIDTH = 92, 12, 1000

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from daemon.detect_score import Run, runs
-from daemon.detect_watch import Watched
+from daemon.recorded.score import Run, runs
+from daemon.recorded.watch import Watched
 from daemon.records import F64
 from detectors.bootstrap import LARGEST
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.detect_score import Run, poisson_interval, runs, score
-from daemon.detect_watch import Alarm
+from daemon.recorded.score import Run, poisson_interval, runs, score
+from daemon.recorded.watch import Alarm
 
 LIVE = np.ones(900, dtype=bool)
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.detect_figures import Figure, span, thinned, ticks
-from daemon.detect_plot import page
-from daemon.detect_watch import Alarm, Watched
+from daemon.recorded.figures import Figure, span, thinned, ticks
+from daemon.recorded.plot import page
+from daemon.recorded.watch import Alarm, Watched
 
 NOISE = np.random.default_rng(0).normal(20.0, 3.0, size=1600)
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from daemon.detect_watch import Alarm
+from daemon.recorded.watch import Alarm
 
 RUN_SHARE = 0.1
 """Alarms closer than this share of the ARL0 asked for belong to one run: chance puts one in ten that close."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from daemon.detect_figures import Figure, span, thinned
+from daemon.recorded.figures import Figure, span, thinned
 from daemon.records import F64
 
 PIXELS = 1000

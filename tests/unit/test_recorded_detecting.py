@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import detectors
 from daemon.cli import main
-from daemon.detect_watch import Alarm, watch
+from daemon.recorded.watch import Alarm, watch
 from detectors import Calibrated
 from detectors.cusum import CUSUM
 
@@ -201,6 +201,6 @@ class TestCommand:
     def test_a_png_without_matplotlib_is_refused_with_the_other_way(
         self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("daemon.detect_png.available", lambda: False)
+        monkeypatch.setattr("daemon.recorded.png.available", lambda: False)
         assert "matplotlib" in (error := refused(capsys, folder / "sensors.csv", "--plot", "out.png"))
         assert "use .html" in error

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 import detectors
-from daemon.detect_report import HEADERS, alarm_rows, as_json, summary, table
-from daemon.detect_source import Recording, read_recording
-from daemon.detect_watch import Watched, watch
 from daemon.errors import SettingsError, StreamError
+from daemon.recorded.report import HEADERS, alarm_rows, as_json, summary, table
+from daemon.recorded.source import Recording, read_recording
+from daemon.recorded.watch import Watched, watch
 from daemon.records import F64
 
 LEAST_REFERENCE = 500
@@ -112,7 +112,7 @@ def _check(request: Request) -> None:
     if request.plot is not None and request.plot.suffix not in (".html", ".png"):
         problems.append(f"--plot={request.plot}: give a name that ends in .html or .png")
     elif request.plot is not None and request.plot.suffix == ".png":
-        from daemon.detect_png import available
+        from daemon.recorded.png import available
 
         if not available():
             problems.append(f"--plot={request.plot}: PNG needs matplotlib, which is not installed: use .html")
@@ -169,21 +169,21 @@ def _content(request: Request, found: Sequence[Watched]) -> dict[str, object]:
 
 
 def _plot(path: Path, request: Request, figures: dict[str, tuple[F64, list[Watched]]]) -> None:
-    from daemon.detect_figures import Figure
+    from daemon.recorded.figures import Figure
 
     made = [
         Figure(label, values, watched, request.changes or (), request.arl0)
         for label, (values, watched) in figures.items()
     ]
     if path.suffix == ".png":
-        from daemon.detect_png import draw
+        from daemon.recorded.png import draw
 
         try:
             draw(path, made, request.path.name)
         except (OSError, ValueError) as error:
             raise StreamError(f"--plot={path}: {error}: fewer columns, or .html, may help") from None
     else:
-        from daemon.detect_plot import page
+        from daemon.recorded.plot import page
 
         found = [watched for figure in made for watched in figure.found]
         lines = ["; ".join(summary(watched, request.arl0, request.changes)) for watched in found]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from daemon.detect_source import read_recording
 from daemon.errors import StreamError
+from daemon.recorded.source import read_recording
 
 ROWS = np.random.default_rng(0).normal(size=(1600, 2))
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from daemon.detect_score import Score, runs, score
-from daemon.detect_watch import Watched
+from daemon.recorded.score import Score, runs, score
+from daemon.recorded.watch import Watched
 
 HEADERS = ("row", "to", "alarms", "column", "detector", "statistic", "threshold")
 

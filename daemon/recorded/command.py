@@ -86,7 +86,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from daemon.detecting import Request, detect
+    from daemon.recorded.detecting import Request, detect
 
     return detect(
         Request(
