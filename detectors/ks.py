@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from detectors.base import F64
 from detectors.registry import register
 from detectors.rows import RowDetector
-from detectors.windows import LENGTHS, WINDOWS, growth
+from detectors.windows import LENGTHS, WINDOWS, Index, growth
 
 COUNT = 2**20
 """What one row counts, in whole numbers: 512 rows stay under 2**31."""
@@ -93,7 +93,7 @@ class KS(RowDetector):
     def _features(self, rows: F64) -> NDArray[np.int32]:
         return _counted(rows, self._values, self._shares)
 
-    def _evidence(self, sums: NDArray[np.int32], k: int | slice) -> F64:
+    def _evidence(self, sums: NDArray[np.int32], k: Index) -> F64:
         by_level = sums.reshape(len(sums), *self._values.shape)
         per_count = self._per_count[k]
         # At one level the evidence grows with the distance on either side: only the ends can be greatest.

@@ -10,7 +10,7 @@ from detectors.base import F64
 from detectors.linear import GRID, bounded, exact, location_scale, steps
 from detectors.registry import register
 from detectors.rows import RowDetector
-from detectors.windows import LONGEST, WINDOWS, deviations, evidence, gauge
+from detectors.windows import LONGEST, WINDOWS, Index, deviations, evidence, gauge
 
 MOST_CLASSES = 256
 """A reference of whole numbers with more different values than these is taken for a quantity."""
@@ -101,7 +101,7 @@ class LabelShift(RowDetector):
         features -= self._centre
         return features
 
-    def _evidence(self, sums: F64, k: int | slice) -> F64:
+    def _evidence(self, sums: F64, k: Index) -> F64:
         return evidence(deviations(sums, self._gauge[k]))
 
 

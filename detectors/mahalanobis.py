@@ -10,7 +10,7 @@ from detectors.base import F64
 from detectors.linear import GRID, bounded, exact, location_scale, steps
 from detectors.registry import register
 from detectors.rows import RowDetector
-from detectors.windows import LONGEST, WINDOWS, deviations, evidence, gauge
+from detectors.windows import LONGEST, WINDOWS, Index, deviations, evidence, gauge
 
 DIRECTIONS = 64
 """Leading directions of more columns than these; the rest counts by its length alone."""
@@ -101,7 +101,7 @@ class Mahalanobis(RowDetector):
         features -= self._used["centre"]
         return features
 
-    def _evidence(self, sums: F64, k: int | slice) -> F64:
+    def _evidence(self, sums: F64, k: Index) -> F64:
         z = deviations(sums[:, self._parts[0]], self._gauges[0, k])
         for part, gauged in zip(self._parts[1:], self._gauges[1:, k], strict=True):
             np.maximum(z, deviations(sums[:, part], gauged), out=z)

@@ -12,7 +12,7 @@ from detectors.base import F64
 from detectors.linear import GRID, LARGEST, exact, location_scale, steps
 from detectors.registry import register
 from detectors.rows import RowDetector
-from detectors.windows import LONGEST, WINDOWS, deviations, evidence, gauge
+from detectors.windows import LONGEST, WINDOWS, Index, deviations, evidence, gauge
 
 TURN = 4096
 """Steps of a full turn: a feature's angle is rounded to 0.0015 radians."""
@@ -132,7 +132,7 @@ class MMD(RowDetector):
         features -= self._centre
         return features
 
-    def _evidence(self, sums: F64, k: int | slice) -> F64:
+    def _evidence(self, sums: F64, k: Index) -> F64:
         return evidence(deviations(sums, self._gauge[k]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from detectors.arrays import pack, unpack
 from detectors.base import F64, Detector, positive
-from detectors.windows import SPAN, WINDOWS, Whole, Windows
+from detectors.windows import SPAN, STRIDES, WINDOWS, Index, Whole, Windows
 
 SHORT = 16
 """Rows scanned at once just after an alarm: what lies behind an alarm is scanned again."""
@@ -60,8 +60,8 @@ class RowDetector(Detector):
         """Feature rows (B, R) of finite ``rows`` (B, D)."""
 
     @abstractmethod
-    def _evidence(self, sums: Whole, k: int | slice) -> F64:
-        """How unusual ``sums`` (B, R) over ``WINDOWS[k]`` rows are (B,); for a slice each is over another window."""
+    def _evidence(self, sums: Whole, k: Index) -> F64:
+        """How unusual ``sums`` (B, R) over windows are (B,); ``k`` (B,) says over which of ``WINDOWS``."""
 
     def _host(self, values: Any) -> F64:
         """``values`` as float64 rows (B, D) in numpy. Raises ``ValueError`` for another number of dimensions."""
@@ -81,7 +81,7 @@ class RowDetector(Detector):
 
     @property
     def statistic(self) -> float:
-        """The greatest evidence over the windows that end at the newest row, in nats; 0 after an alarm."""
+        """The greatest evidence over the windows as they were looked at last, in nats; 0 after an alarm."""
         return self._statistic
 
     def with_threshold(self, threshold: float) -> Self:
@@ -153,16 +153,18 @@ class RowDetector(Detector):
         length = SPAN
         while begin < end:
             stop = min(begin + length, end)
-            top = self._top(begin, stop)
+            top, newest = self._top(begin, stop)
             hit = int(np.argmax(top > self._threshold))
             if not top[hit] > self._threshold:
-                self._statistic = float(top[-1])
+                self._looks = newest
+                self._statistic = float(self._looks.max())
                 self.warning = self._statistic > self._warn_at * self._threshold
                 begin, length = stop, min(2 * length, SPAN)
                 continue
             begin, length = begin + hit + 1, SHORT
             alarms.append(at + begin - first - 1)
             windows.restart(begin - 1)
+            self._looks = np.zeros(len(WINDOWS))
             self._statistic = 0.0
             self.warning = True
             if not self._given:
@@ -170,22 +172,28 @@ class RowDetector(Detector):
                 break
         return begin - first
 
-    def _top(self, begin: int, end: int) -> F64:
-        """Greatest evidence over the windows at the positions from ``begin`` to ``end`` (end - begin,)."""
-        windows = self._windows
-        if end == begin + 1:
-            single: F64 = self._evidence(windows.at(begin), slice(None)).max(keepdims=True)
-            return single
-        top = self._evidence(windows.over(WINDOWS[0], begin, end), 0)
-        for k in range(1, len(WINDOWS)):
-            np.maximum(top, self._evidence(windows.over(WINDOWS[k], begin, end), k), out=top)
-        return top
+    def _top(self, begin: int, end: int) -> tuple[F64, F64]:
+        """Greatest evidence at the positions from ``begin`` to ``end`` (end - begin,), of the windows due there.
+
+        And what each window showed when it was looked at last (W,).
+        """
+        sums, looks = self._windows.looks(begin, end)
+        # All windows in one call: most of them give a few sums only.
+        evidence = self._evidence(sums, np.repeat([k for k, _, _ in looks], [count for _, _, count in looks]))
+        top, newest, at = np.zeros(end - begin), self._looks.copy(), 0
+        for k, first, count in looks:
+            part, seen = evidence[at : at + count], top[first - begin :: STRIDES[k]]
+            np.maximum(seen, part, out=seen)
+            newest[k] = part[-1]
+            at += count
+        return top, newest
 
     def _begin_warmup(self) -> None:
         self._learnt: dict[str, F64] = {}
         self._columns = 0
         self._reference: list[F64] = []
         self._collected = 0
+        self._looks = np.zeros(len(WINDOWS))
         self._statistic = 0.0
 
     def _collect(self, rows: Any) -> int:
@@ -220,7 +228,8 @@ class RowDetector(Detector):
     def reset(self) -> None:
         """Drop the evidence, and a reference that the detector took from its own stream."""
         if self._given:
-            self._windows.load(np.empty((0, self._width), dtype=np.int32))
+            self._windows.load(np.empty((0, self._width), dtype=np.int32), 0)
+            self._looks = np.zeros(len(WINDOWS))
             self._statistic = 0.0
         else:
             self._begin_warmup()
@@ -236,7 +245,8 @@ class RowDetector(Detector):
             "reference": reference.astype("<f8").tobytes(),
             "learnt": {name: pack(array) for name, array in self._learnt.items()} if own else {},
             "recent": self._windows.recent().astype("<i4").tobytes() if self._learnt else b"",
-            "statistic": self._statistic,
+            "phase": self._windows.phase if self._learnt else 0,
+            "looks": self._looks.tolist(),
             "drift": self.drift,
             "warning": self.warning,
         }
@@ -249,12 +259,16 @@ class RowDetector(Detector):
         if state["learnt"]:
             made._use({name: unpack(array) for name, array in state["learnt"].items()}, given=False)
         if made._learnt:
-            made._windows.load(np.frombuffer(state["recent"], dtype="<i4").reshape(-1, made._width))
+            recent = np.frombuffer(state["recent"], dtype="<i4").reshape(-1, made._width)
+            made._windows.load(recent, int(state["phase"]))
         elif state["recent"]:
             raise ValueError(f"{self.name}: the state needs what fit learnt: build the detector with it first")
         elif columns := int(state["columns"]):
             rows = np.frombuffer(state["reference"], dtype="<f8").reshape(-1, columns)
             made._columns, made._reference, made._collected = columns, [rows.astype(np.float64)], len(rows)
-        made._statistic = float(state["statistic"])
+        made._looks = np.array(state["looks"], dtype=np.float64)
+        if made._looks.shape != (len(WINDOWS),):
+            raise ValueError(f"{self.name}: the state is for other windows: start it anew")
+        made._statistic = float(made._looks.max())
         made.drift, made.warning = bool(state["drift"]), bool(state["warning"])
         self.__dict__.update(made.__dict__)

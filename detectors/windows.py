@@ -12,9 +12,14 @@ from detectors.base import F64
 Whole = NDArray[Any]
 """Whole numbers, held in float64 or in int32."""
 
+Index = NDArray[np.int64]
+
 WINDOWS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Lengths in rows: a change is looked for over one that is at most twice too long."""
 LENGTHS = np.array(WINDOWS)
+STRIDES = np.maximum(LENGTHS // 16, 1)
+"""Rows from one look at a window to the next: a long one changes little from row to row."""
+PERIOD = int(STRIDES[-1])
 KEPT = WINDOWS[-1] - 1
 """Rows before the newest that the longest window still holds."""
 SPAN = 128
@@ -39,8 +44,10 @@ class Windows:
 
     def __init__(self, width: int, dtype: type[np.float64] | type[np.int32]) -> None:
         self._sums = np.zeros((CAPACITY, width), dtype=dtype)
-        self._scratch = np.empty((SPAN, width), dtype=dtype)
+        self._scratch = np.empty((int((SPAN // STRIDES + 1).sum()), width), dtype=dtype)
         self._start = self._newest = 0
+        self._phase = 0
+        """Rows read before position 0, modulo ``PERIOD``: looks are at multiples of their stride."""
 
     def append(self, features: Whole) -> int:
         """Add ``features`` (B, R), B up to ``SPAN``. Returns the position of the first of them."""
@@ -49,6 +56,7 @@ class Windows:
             kept = max(self._start, self._newest - KEPT)
             self._sums[: self._newest - kept + 1] = self._sums[kept : self._newest + 1] - self._sums[kept]
             self._start, self._newest, end = 0, self._newest - kept, end - kept
+            self._phase = (self._phase + kept) % PERIOD
         first = self._newest + 1
         added = self._sums[first : end + 1]
         np.add.accumulate(features, axis=0, out=added)
@@ -56,21 +64,27 @@ class Windows:
         self._newest = end
         return first
 
-    def over(self, window: int, begin: int, end: int) -> Whole:
-        """Sums (end - begin, R) over the last ``window`` rows at the positions from ``begin`` to ``end``.
+    def looks(self, begin: int, end: int) -> tuple[Whole, list[tuple[int, int, int]]]:
+        """Sums (M, R) over all windows that are due at the positions from ``begin`` to ``end``, window after window.
 
-        Valid until the next call.
+        With them, for each such window, its index, its first position and the number of its sums. Valid until the
+        next call.
         """
-        short = min(max(self._start + window - begin, 0), end - begin)
-        out = self._scratch[: end - begin]
-        np.subtract(self._sums[begin : begin + short], self._sums[self._start], out=out[:short])
-        np.subtract(self._sums[begin + short : end], self._sums[begin + short - window : end - window], out=out[short:])
-        return out
-
-    def at(self, position: int) -> Whole:
-        """Sums (W, R) over all windows at one position: ``over`` for each of them, in one go."""
-        sums: Whole = self._sums[position] - self._sums[np.maximum(position - LENGTHS, self._start)]
-        return sums
+        looks, at = [], 0
+        for k, (window, stride) in enumerate(zip(WINDOWS, STRIDES.tolist(), strict=True)):
+            first = begin + (-(self._phase + begin)) % stride
+            if not (count := len(range(first, end, stride))):
+                continue
+            short = min(count, len(range(first, self._start + window, stride)))
+            later = first + short * stride
+            out = self._scratch[at : at + count]
+            np.subtract(self._sums[first:later:stride], self._sums[self._start], out=out[:short])
+            if short < count:
+                before = self._sums[later - window : end - window : stride]
+                np.subtract(self._sums[later:end:stride], before, out=out[short:])
+            looks.append((k, first, count))
+            at += count
+        return self._scratch[:at], looks
 
     def restart(self, position: int) -> None:
         """Start anew after ``position``: the rows up to it count as zero from now on."""
@@ -81,11 +95,17 @@ class Windows:
         kept = max(self._start, self._newest - KEPT)
         return np.diff(self._sums[kept : self._newest + 1], axis=0).astype(np.int32)
 
-    def load(self, recent: NDArray[np.int32]) -> None:
-        """Go on from what ``recent`` gave. Raises ``ValueError`` if there are too many rows."""
+    @property
+    def phase(self) -> int:
+        """Rows read so far, modulo ``PERIOD``."""
+        return (self._phase + self._newest) % PERIOD
+
+    def load(self, recent: NDArray[np.int32], phase: int) -> None:
+        """Go on from what ``recent`` and ``phase`` gave. Raises ``ValueError`` if there are too many rows."""
         if len(recent) > KEPT:
             raise ValueError(f"at most {KEPT} feature rows can be restored, got {len(recent)}: the state is damaged")
         self._start, self._newest = 0, len(recent)
+        self._phase = (int(phase) - len(recent)) % PERIOD
         self._sums[0] = 0
         np.cumsum(recent, axis=0, dtype=self._sums.dtype, out=self._sums[1 : len(recent) + 1])
 

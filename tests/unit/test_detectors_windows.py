@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from detectors.arrays import pack, unpack
 from detectors.base import F64
 from detectors.linear import LARGEST, exact, steps
-from detectors.windows import KEPT, SPAN, WINDOWS, Windows, deviations, gauge
+from detectors.windows import KEPT, SPAN, STRIDES, WINDOWS, Windows, deviations, gauge
 
 
 def drawn(seed: int, rows: int, columns: int = 5) -> F64:
@@ -35,14 +35,25 @@ class TestWindows:
             at += length
         newest = first + lengths[-1] - 1
         since = rows[start + 1 :] if start < len(rows) else rows
-        expected = [since[max(len(since) - window, 0) :].sum(0).tolist() for window in WINDOWS]
-        assert windows.at(newest).tolist() == expected
-        assert [windows.over(window, newest, newest + 1)[0].tolist() for window in WINDOWS] == expected
+        begin = max(first, newest - 40, newest - at + start + 2)
+        sums, looks = windows.looks(begin, newest + 1)
+        found = {}
+        for k, position, count in looks:
+            for _ in range(count):
+                found[k, at - newest + position] = sums[len(found)].tolist()
+                position += STRIDES[k]
+        wanted = {}
+        for k, window in enumerate(WINDOWS):
+            for read in range(at - newest + begin, at + 1):
+                if read % STRIDES[k] == 0:
+                    oldest = max(read - window, start + 1 if start < at else 0)
+                    wanted[k, read] = rows[oldest:read].sum(0).tolist()
+        assert found == wanted
         assert windows.recent().tolist() == since[max(len(since) - KEPT, 0) :].tolist()
 
     def test_too_many_rows_are_not_restored(self) -> None:
         with pytest.raises(ValueError, match="at most 511"):
-            Windows(1, np.float64).load(np.zeros((KEPT + 1, 1), dtype=np.int32))
+            Windows(1, np.float64).load(np.zeros((KEPT + 1, 1), dtype=np.int32), 0)
 
     def test_the_norms_of_sums_are_standard_normal_in_the_reference(self) -> None:
         rows = np.rint(1000.0 * drawn(0, 50_000, 8))

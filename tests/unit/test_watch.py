@@ -8,6 +8,7 @@ import torch
 
 from daemon import checkpoint
 from daemon.assembly import assemble
+from daemon.bundle import read_manifest
 from daemon.detector_settings import check_detectors, of_features, of_signals
 from daemon.errors import SettingsError
 from daemon.packing import pack
@@ -47,6 +48,17 @@ def test_a_detector_of_features_sees_what_no_single_signal_shows(tmp_path: Path,
     made.loop.process(decoded(mixed(512, 6), 256))
     counted = {name: count._value.get() for (name, _), count in made.telemetry.drifts.items() if count._value.get()}
     assert "features" in counted
+
+
+def test_the_manifest_says_which_false_alarm_rates_were_asked_for_and_reached(bundle: Path) -> None:
+    found = read_manifest(bundle).false_alarms
+    assert set(found) == {"cusum", "label_shift", "risk_monitor", "mahalanobis", "early_warning"}
+    assert set(found["cusum"]) == {"input_shift", "feature_shift", "class_shift", "entropy", "error"}
+    for name, signals in found.items():
+        for asked, reached, low, high in signals.values():
+            # Eight detectors can alarm: together they may do so once in 20,000 rows.
+            assert asked == (20_000 if name == "early_warning" else 160_000)
+            assert low < reached < high and low / 1.5 < asked < 1.5 * high
 
 
 def test_features_are_not_kept_unless_they_are_watched(tmp_path: Path, bundle: Path) -> None:
