@@ -49,6 +49,8 @@ class Manifest:
     classes: list[str] | None = None
     prepared: list[str] = field(default_factory=list)
     """Fast methods that have computed what they need from source rows."""
+    false_alarms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By detector and signal, in rows: the ARL0 asked for, the one reached in simulation, and its 95% interval."""
     schema: int = SCHEMA
     files: dict[str, str] = field(default_factory=dict)
 

@@ -59,3 +59,12 @@ def calibrate_watch(
         if signal in EARLY:
             add("early_warning", signal, arl0)
     return found
+
+
+def false_alarms(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """Of each calibration the ARL0 asked for, the one reached, and its 95% interval, in rows."""
+    keys = ("arl0", "reached_arl0", "reached_low", "reached_high")
+    return {
+        name: {signal: [float(round(made[key])) for key in keys] for signal, made in signals.items()}
+        for name, signals in found.items()
+    }

@@ -14,6 +14,9 @@ from daemon import checkpoint
 from daemon.bundle import read_manifest
 from daemon.errors import BundleError, CheckpointError
 
+LONGEST_SHOWN = 2_000
+"""Characters of one value: what a detector learnt of features is longer, and no reading for people."""
+
 
 def inspect(path: Path, *, as_json: bool = False) -> int:
     """Print it; returns 0.
@@ -104,5 +107,7 @@ def _print(value: Any, depth: int) -> None:
             print(f"{indent}{name}:")
             for entry in item:
                 print(f"{indent}  - " + ", ".join(f"{key}={shown}" for key, shown in entry.items()))
+        elif len(text := str(item)) > LONGEST_SHOWN:
+            print(f"{indent}{name}: {text[:40]}… ({len(text):,} characters, all of them with --json)")
         else:
             print(f"{indent}{name}: {item}")

@@ -21,7 +21,7 @@ import adapters.fast as fast
 from adapters.features import FeatureTap, find_head
 from adapters.reference import Reference
 from daemon.bundle import Manifest, save_bundle
-from daemon.calibrating import calibrate_watch
+from daemon.calibrating import calibrate_watch, false_alarms
 from daemon.errors import BundleError
 from daemon.monitor import ERROR_ROWS, LEVEL_ROWS
 from daemon.signals import Meter, Rows, names
@@ -185,6 +185,7 @@ def pack(
             "reference_rows": len(x),
             "calibration_rows": len(held_x),
             "prepared": sorted(reference.prepared),
+            "false_alarms": false_alarms(report["detectors"]),
         },
         model,
         reference,

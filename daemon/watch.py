@@ -20,7 +20,7 @@ PRIOR, RISK, FEATURES, ERROR = "prior", "risk", "features", "error"
 REPORTED = (PRIOR, RISK)
 """Alarms that are counted and logged but start no adaptation: other shares of the classes are no fault of the model,
 and adapting statistics to them harms; a served risk above the reference's says that adapting is not enough."""
-EARLY = ("feature_shift", "entropy", "output_shift")
+EARLY = ("feature_shift",)
 """Signals with an early warning, which only warns."""
 
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from detectors.base import F64
 from detectors.registry import register
 from detectors.rows import RowDetector
-from detectors.windows import LENGTHS, WINDOWS, Index, growth
+from detectors.windows import LENGTHS, STRIDES, WINDOWS, Index, growth
 
 COUNT = 2**20
 """What one row counts, in whole numbers: 512 rows stay under 2**31."""
-CUTS = 9
-COORDINATES = 576
+CUTS = 5
+COORDINATES = 320
 """Features times cuts by default: from 65 features on there are fewer cuts, at least ``FEWEST``."""
 FEWEST = 3
 TABLE = 2048
@@ -44,10 +44,12 @@ class KS(RowDetector):
     dominate the Kolmogorov statistics", Zeitschrift für Wahrscheinlichkeitstheorie 47, 1979 (the divergence in its
     place).
 
-    ``cuts`` is the number of quantiles of each feature, by default 9, and fewer from 65 features on.
+    ``cuts`` is the number of quantiles of each feature, by default 5, and fewer from 65 features on.
     """
 
     FEATURE_TYPE = np.int32
+    # Every fourth row: a look at all cuts of all features is dear, and a frequency needs rows anyway.
+    LOOKS = np.maximum(STRIDES, 4)
     calibration_rows = 100_000
 
     def __init__(

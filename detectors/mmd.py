@@ -54,7 +54,7 @@ class MMD(RowDetector):
         self,
         threshold: float = 7.4,
         *,
-        features: int = 128,
+        features: int = 96,
         bandwidth: float | None = None,
         seed: int = 0,
         warmup: int = 500,

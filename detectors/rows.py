@@ -34,6 +34,8 @@ class RowDetector(Detector):
     calibration_rows = 200_000
 
     FEATURE_TYPE: ClassVar[type[np.float64] | type[np.int32]] = np.float64
+    LOOKS: ClassVar[Index] = STRIDES
+    """Rows from one look at each of ``WINDOWS`` to the next (W,), divisors of ``PERIOD``."""
 
     def __init__(self, threshold: float, warmup: int, warn_at: float) -> None:
         if not (float(warmup).is_integer() and warmup >= MIN_ROWS):
@@ -178,11 +180,13 @@ class RowDetector(Detector):
         And what each window showed when it was looked at last (W,).
         """
         sums, looks = self._windows.looks(begin, end)
+        if not looks:
+            return np.zeros(end - begin), self._looks
         # All windows in one call: most of them give a few sums only.
         evidence = self._evidence(sums, np.repeat([k for k, _, _ in looks], [count for _, _, count in looks]))
         top, newest, at = np.zeros(end - begin), self._looks.copy(), 0
         for k, first, count in looks:
-            part, seen = evidence[at : at + count], top[first - begin :: STRIDES[k]]
+            part, seen = evidence[at : at + count], top[first - begin :: self.LOOKS[k]]
             np.maximum(seen, part, out=seen)
             newest[k] = part[-1]
             at += count
@@ -214,7 +218,7 @@ class RowDetector(Detector):
             raise ValueError(f"{self.name}: what was learnt does not fit ({error}): fit it anew") from error
         self._begin_warmup()
         self._learnt, self._columns, self._given = learnt, columns, given
-        self._windows = Windows(width, self.FEATURE_TYPE)
+        self._windows = Windows(width, self.FEATURE_TYPE, self.LOOKS)
         self._width = width
 
     def _check_finite(self, rows: F64) -> None:

@@ -42,9 +42,12 @@ class Windows:
     2**31.
     """
 
-    def __init__(self, width: int, dtype: type[np.float64] | type[np.int32]) -> None:
+    def __init__(
+        self, width: int, dtype: type[np.float64] | type[np.int32], strides: NDArray[np.int64] = STRIDES
+    ) -> None:
         self._sums = np.zeros((CAPACITY, width), dtype=dtype)
-        self._scratch = np.empty((int((SPAN // STRIDES + 1).sum()), width), dtype=dtype)
+        self._scratch = np.empty((int((SPAN // strides + 1).sum()), width), dtype=dtype)
+        self._strides: list[int] = strides.tolist()
         self._start = self._newest = 0
         self._phase = 0
         """Rows read before position 0, modulo ``PERIOD``: looks are at multiples of their stride."""
@@ -71,7 +74,7 @@ class Windows:
         next call.
         """
         looks, at = [], 0
-        for k, (window, stride) in enumerate(zip(WINDOWS, STRIDES.tolist(), strict=True)):
+        for k, (window, stride) in enumerate(zip(WINDOWS, self._strides, strict=True)):
             first = begin + (-(self._phase + begin)) % stride
             if not (count := len(range(first, end, stride))):
                 continue
