@@ -37,7 +37,7 @@ lint: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench-detect: .venv/.installed-dev
+bench-detect: .venv/.installed-frouros
 	$(BIN)/python -m tests.benchmarks.detect $(ARGS)
 
 bench-fast: .venv/.installed-dev
@@ -49,7 +49,7 @@ errors: .venv/.installed-dev
 # The stamps go too, so that the next call installs what is missing; .venv stays, rm -rf it for a fresh one.
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f .venv/.installed .venv/.installed-dev
+	rm -f .venv/.installed .venv/.installed-dev .venv/.installed-frouros
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt | $(BIN)/uv
@@ -59,6 +59,11 @@ clean:
 .venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/uv
 	$(INSTALL) '.[dev]'
 	@touch $@
+
+# --no-deps: it asks for numpy < 2.2, but runs with newer ones; scipy comes with river, and tqdm is all else it imports.
+.venv/.installed-frouros: .venv/.installed-dev
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps frouros==0.9.0 tqdm==4.70.1 && touch $@ || \
+	  echo >&2 'frouros could not be installed: the tables are made without it'
 
 $(BIN)/uv: | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip

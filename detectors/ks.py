@@ -53,7 +53,7 @@ class KS(RowDetector):
     calibration_rows = 100_000
 
     def __init__(
-        self, threshold: float = 11.1, *, cuts: int | None = None, warmup: int = 500, warn_at: float = 0.7
+        self, threshold: float = 10.3, *, cuts: int | None = None, warmup: int = 500, warn_at: float = 0.7
     ) -> None:
         if cuts is not None and not 1 <= cuts <= 99:
             raise ValueError(f"cuts must be from 1 to 99, or None for the number that suits D, got {cuts}")
