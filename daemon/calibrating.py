@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import detectors
+from daemon.errors import BundleError
 from daemon.records import F32, F64
 from daemon.watch import EARLY, ERROR, FEATURES, PRIOR, RISK, class_index, detector_names
 
@@ -39,6 +40,9 @@ def calibrate_watch(
         arl0: mean rows between false alarms of all together.
         seed: of the simulated streams.
         progress: told what is under way.
+
+    Raises:
+        BundleError: a detector can't reach the rate on a signal.
     """
     values: dict[str, Any] = {**signals, ERROR: losses, RISK: losses, PRIOR: class_index(predictions)}
     if features is not None:
@@ -48,7 +52,10 @@ def calibrate_watch(
     def add(name: str, signal: str, rate: float) -> None:
         if signal not in found.setdefault(name, {}):
             progress(f"calibration: {name} on {signal}")
-            calibrated = detectors.calibrate(detectors.build(name), values[signal], arl0=rate, seed=seed)
+            try:
+                calibrated = detectors.calibrate(detectors.build(name), values[signal], arl0=rate, seed=seed)
+            except ValueError as error:
+                raise BundleError(f"{name} can't be calibrated on {signal}: {error}") from None
             found[name][signal] = calibrated.calibration()
 
     for name in names:

@@ -72,7 +72,8 @@ def _solve(runs: _Runs, start: float, arl0: float) -> float:
         at_high = runs.log_arl(high, arl0) - target
     else:
         raise ValueError(
-            f"no threshold up to {high:.3g} gives one false alarm in {arl0:g} rows: ask for a smaller arl0"
+            f"no threshold up to {high:.3g} gives one false alarm in {arl0:g} rows: ask for a smaller arl0, or take "
+            "another detector"
         )
     for step in range(STEPS):
         # Plain regula falsi can creep from one side: every third step halves the bracket.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from adapters.fast.core.affine import Adapted, check_affine, norm_parameters
 from adapters.fast.core.norm_layers import adaptable
-from adapters.fast.core.normalisation import Normalisation, make_normalisation
+from adapters.fast.core.normalisation import Normalisation
+from adapters.fast.core.normalisations import make_normalisation
 from adapters.fast.core.objective import Batch, Objective, Part
 from adapters.fast.core.optim import SlotOptimizer
 from adapters.fast.core.slots import Groups

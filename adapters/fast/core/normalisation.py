@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,23 +59,6 @@ class SourceStatistics(Normalisation):
     def layer(self, source: _BatchNorm) -> nn.Module:
         """Return what stands in for ``source``."""
         return AdaptedBatchNorm(source, self.mode)
-
-
-def make_normalisation(name: str, given: dict[str, Any], mode: Mode, store: SlotStore) -> Normalisation:
-    """Return the normalisation called ``name`` with the ``given`` options; ValueError when these are wrong."""
-    from adapters.fast.core.followed import Followed
-    from adapters.fast.core.unmix import Unmix
-
-    known: dict[str, type[Normalisation]]
-    known = {"batch": Normalisation, "source": SourceStatistics, "ema_norm": Followed, "unmix_norm": Unmix}
-    kind = known[name]
-    try:
-        options = kind.Options(**given)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()]
-        names = ", ".join(kind.Options.model_fields) or "none"
-        raise ValueError(f"norm_options of {name!r}: {'; '.join(problems)}. Its options are: {names}") from None
-    return kind(mode, store, options)
 
 
 N = TypeVar("N", bound=Normalisation)
