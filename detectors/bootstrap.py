@@ -30,6 +30,7 @@ LARGEST = 1e100
 MIN_CLIP = 4.0
 """Standard deviations at which values are clipped at the least; one in 16,000 of a Gaussian signal."""
 MAX_PHI = 0.999
+TINY = 1e-300
 BURN_IN_TIMES, MAX_BURN_IN = 5.0, 2000
 """Rows before a simulated stream, in autocorrelation times, so that it starts anywhere and not at its mean."""
 MAX_KNOWN = 20_000
@@ -107,15 +108,35 @@ def partial_autocorrelations(z: F64) -> tuple[F64, int]:
     P is the order with the least AIC: a null stream should leave nothing out, a filter should hold nothing needless.
     The first one is corrected for its small-sample bias.
     """
-    orders = int(10.0 * math.log10(z.size))
-    partial = levinson(_covariances(z[:, None], orders), orders)[:, 0]
-    fit = z.size * np.concatenate(([0.0], np.cumsum(np.log1p(-(partial**2)))))
-    parameters = np.arange(orders + 1)
-    order = int(np.argmin(fit + 2.0 * parameters))
-    chosen = partial[:order].copy()
+    partial, fit = _fitted_orders(z[:, None])
+    order = int(np.argmin(fit[:, 0] + 2.0 * np.arange(len(fit))))
+    chosen = partial[:order, 0].copy()
     if order:
         chosen[0] = _unbiased(float(chosen[0]), z.size)
-    return chosen, int(np.argmin((fit + math.log(z.size) * parameters)[: order + 1]))
+    return chosen, int(np.argmin((fit[:, 0] + math.log(z.size) * np.arange(len(fit)))[: order + 1]))
+
+
+def filters(z: F64) -> F64:
+    """Partial autocorrelations (P, D) of the columns of ``z`` (N, D), with mean 0, for prewhitening each.
+
+    Each column has the order with the least BIC; P is the greatest of them, and beyond its own a column has zeros.
+    """
+    partial, fit = _fitted_orders(z)
+    numbers = np.arange(len(fit))[:, None]
+    orders = np.argmin(fit + math.log(len(z)) * numbers, axis=0)
+    chosen: F64 = np.where(numbers[1:] <= orders, partial, 0.0)[: int(orders.max())]
+    if len(chosen):
+        first = np.clip(chosen[0] + (1.0 + 3.0 * chosen[0]) / len(z), -MAX_PHI, MAX_PHI)
+        chosen[0] = np.where(orders > 0, first, 0.0)
+    return chosen
+
+
+def _fitted_orders(z: F64) -> tuple[F64, F64]:
+    """Partial autocorrelations (P, D) of ``z`` (N, D), and N times the log error of each order from 0 on (P + 1, D)."""
+    orders = int(10.0 * math.log10(len(z)))
+    partial = levinson(_covariances(z, orders), orders)
+    gains = np.cumsum(np.log1p(-(partial**2)), axis=0)
+    return partial, len(z) * np.concatenate((np.zeros((1, z.shape[1])), gains))
 
 
 def _covariances(z: F64, orders: int) -> F64:
@@ -131,7 +152,7 @@ def levinson(covariances: F64, orders: int) -> F64:
     weights = np.empty((0, covariances.shape[1]))
     error = covariances[0].copy()
     for p in range(orders):
-        partial[p] = (covariances[p + 1] - (weights * covariances[p:0:-1]).sum(0)) / error
+        partial[p] = (covariances[p + 1] - (weights * covariances[p:0:-1]).sum(0)) / np.maximum(error, TINY)
         # A signal that its past foretells exactly would leave no error to divide by.
         np.clip(partial[p], -MAX_PHI, MAX_PHI, out=partial[p])
         weights = np.concatenate((weights - partial[p] * weights[::-1], partial[p : p + 1]))

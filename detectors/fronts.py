@@ -96,11 +96,11 @@ def _of_rows(detector: Detector, values: F64) -> Front:
         null.location,
         null.scale,
         clip,
-        weights=null.phi[None] if null.phi.any() else None,
+        weights=null.weights,
         unit=null.unit,
         domain=detector.domain,
     )
-    gain = float(np.median((1.0 - null.phi) / null.unit))
+    gain = float(np.median((1.0 - null.weights.sum(0)) / null.unit))
     fitted = detector.fit(null.white, gain=gain, jump=float(np.median(1.0 / null.unit)))
     return Front(fitted, standardise, null, values.shape[1], seen=null.white)
 

@@ -1,13 +1,12 @@
 """The null stream of rows (D,): more of the reference, resampled row by row, so that columns stay together.
 
-Each column is prewhitened by an autoregression of order one, blocks of what is left are resampled. Each simulated chain
+Each column is prewhitened by an autoregression of its own, blocks of what is left are resampled. Each simulated chain
 draws from a resample of the blocks of its own: mean, scale and correlations are known from a finite reference only, and
 their errors are then those to expect (a double block bootstrap).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +15,14 @@ from detectors.base import F64
 from detectors.bootstrap import (
     BLOCK_TIMES,
     LARGEST,
-    MAX_PHI,
     MIN_CLIP,
     MIN_REFERENCE,
     autocorrelation_time,
+    autoregression,
+    filtered,
+    filters,
     moments,
+    residual_scale,
 )
 
 MAX_COLUMNS_LOOKED_AT = 64
@@ -32,11 +34,11 @@ class RowsNull:
     """What the reference rows say about the stream without drift."""
 
     location: F64
-    """(D,), as are ``scale``, ``clip``, ``phi`` and ``unit``."""
+    """(D,), as are ``scale``, ``clip`` and ``unit``."""
     scale: F64
     clip: F64
-    phi: F64
-    """Lag-1 autocorrelation of each column; 0 where it can't be told from 0, and where rows are not prewhitened."""
+    weights: F64
+    """The filters (P, D), the newest row first; P is 0 where nothing is to be filtered."""
     unit: F64
     """Standard deviation that the filter leaves of each column; 1 where nothing is filtered."""
     autocorrelation_time: float
@@ -64,11 +66,11 @@ def describe_rows(reference: F64, *, raw: bool, whiten: bool) -> RowsNull:
     if rows < MIN_REFERENCE:
         raise ValueError(f"calibration needs at least {MIN_REFERENCE} finite reference rows, got {rows}: give more")
     looked_at = np.unique(np.linspace(0, width - 1, min(width, MAX_COLUMNS_LOOKED_AT)).astype(int))
-    zeros, ones = np.zeros(width), np.ones(width)
+    zeros, ones, none = np.zeros(width), np.ones(width), np.empty((0, width))
     if raw:
         times = [autocorrelation_time(values[:, j]) for j in looked_at]
         block = _block(times, rows)
-        return RowsNull(zeros, ones, np.full(width, np.inf), zeros, ones, max(times), values, block, rows)
+        return RowsNull(zeros, ones, np.full(width, np.inf), none, ones, max(times), values, block, rows)
     location, scale = row_moments(values)
     z = (values - location) / scale
     clip = np.maximum(MIN_CLIP, np.quantile(np.abs(z), 0.995, axis=0))
@@ -76,15 +78,12 @@ def describe_rows(reference: F64, *, raw: bool, whiten: bool) -> RowsNull:
     memory = max(autocorrelation_time(z[:, j]) for j in looked_at)
     if not whiten:
         times = [autocorrelation_time(z[:, j]) for j in looked_at]
-        return RowsNull(location, scale, clip, zeros, ones, memory, z, _block(times, rows), rows)
-    centred = z - z.mean(0)
-    power = np.maximum((centred**2).sum(0), 1e-300)
-    phi = (centred[1:] * centred[:-1]).sum(0) / power
-    phi = np.where(np.abs(phi) < 2.0 / math.sqrt(rows), 0.0, np.clip(phi + (1 + 3 * phi) / rows, -MAX_PHI, MAX_PHI))
-    unit = np.sqrt(1.0 - phi**2)
-    white = (z[1:] - phi * z[:-1]) / unit if phi.any() else z
+        return RowsNull(location, scale, clip, none, ones, memory, z, _block(times, rows), rows)
+    partial = filters(z - z.mean(0))
+    weights, unit = autoregression(partial), residual_scale(partial)
+    white = filtered(z, weights, unit)
     times = [autocorrelation_time(column) for j in looked_at for column in (white[:, j], np.abs(white[:, j]))]
-    return RowsNull(location, scale, clip, phi, unit, memory, white, _block(times, rows), rows)
+    return RowsNull(location, scale, clip, weights, unit, memory, white, _block(times, rows), rows)
 
 
 def row_moments(values: F64) -> tuple[F64, F64]:

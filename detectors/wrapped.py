@@ -119,6 +119,9 @@ class Wrapped(Detector):
                 f"{self.name}: missing or unknown numbers {sorted(wrong)} in the state: start the detector anew"
             )
         restored._fill(state["river"])
+        if hasattr(restored._river, "_warning_detected"):
+            # EDDM's warning stays where a value changes nothing.
+            restored._river._warning_detected = bool(state["warning"])
         self._threshold, self._river = restored._threshold, restored._river
         self.drift, self.warning = bool(state["drift"]), bool(state["warning"])
 

@@ -12,8 +12,14 @@ from tests.unit.worlds import settings
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"detect": {"name": "kswinn"}}, r"HOMEOSTAT_DETECT=kswinn: there is no such detector; there are adwin, cusum"),
-        ({"detect": {"name": "adwin"}}, r"HOMEOSTAT_DETECT=adwin: the bundle is not calibrated for it, but for cusum"),
+        (
+            {"detect": {"name": "kswinn"}},
+            r"HOMEOSTAT_DETECT=kswinn: there is no such detector of a signal; there are adwin",
+        ),
+        (
+            {"detect": {"name": "adwin"}},
+            r"HOMEOSTAT_DETECT=adwin: the bundle is not calibrated .* or use cusum",
+        ),
         ({"fast": {"name": "tentt"}}, r"HOMEOSTAT_FAST=tentt: no fast adapter is called 'tentt'"),
         ({"fast": {"name": "tent", "lrr": 1}}, r"HOMEOSTAT_FAST=tent: tent: lrr: .*Its options are: "),
         ({"slow": {"name": "x"}}, r"HOMEOSTAT_SLOW=x: slow method 'x' does not exist; there are head"),
