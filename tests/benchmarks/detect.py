@@ -50,7 +50,7 @@ BLOCK = 250
 """Rows given at once while an alarm is waited for."""
 RUNS = 40
 """Runs with a change of each kind and size, over all draws."""
-EFFORT = {"full": (1.0, 100), "some": (0.25, 40), "slow": (0.125, 25), "least": (0.125, 5)}
+EFFORT = {"full": (1.0, 100), "some": (0.25, 40), "slow": (0.125, 25), "least": (0.125, 2)}
 """Share of the draws, and rows without a change in each, in units of the asked ARL0. The last get no delays."""
 
 

@@ -72,9 +72,9 @@ def subjects() -> dict[str, Subject]:
                 name=f"{cls.name}, calibrated",
                 kind="frouros",
                 calibrated=True,
-                effort="slow" if method in ("ADWIN", "STEPD") else "some",
+                effort="some",
             )
-            for method, cls in WRAPPED.items()
+            for cls in WRAPPED.values()
         ]
     for name in rivals.RIVER:
         label = f"river {name.rpartition('.')[2]}"
