@@ -142,7 +142,7 @@ class Actions:
 
     def _report_alarms(self, reading: Reading) -> None:
         watch = self.monitor.watch
-        kind = watch.judge(self.monitor.deviations())
+        kind = watch.judge(self.monitor.deviations)
         steady = self._state is State.STEADY
         counted = [name for name in watch.alarms if steady or name in REPORTED]
         for name in counted:

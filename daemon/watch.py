@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,14 +89,17 @@ class Watch:
         """Whether a signal that adaptation may answer to alarmed since the last reading."""
         return any(name not in REPORTED for name in self.alarms)
 
-    def judge(self, deviations: Mapping[str, float]) -> ShiftKind | None:
+    def judge(self, deviations: Callable[[], Mapping[str, float]]) -> ShiftKind | None:
         """Name the kind of shift with the rows since the last call; None when it is the same as before.
 
         A detector is soon used to a shift, the level of its signal (``deviations``, in bands) goes on to show it. A
         risk that stays high is no news of a shift.
         """
+        if not self.alarms and self.shift.kind is ShiftKind.NONE:
+            self._rows = 0
+            return None
         evidence = {name: detector.statistic / detector.threshold for name, detector in self.detectors.items()}
-        for name, deviation in deviations.items():
+        for name, deviation in deviations().items():
             if math.isfinite(deviation):
                 evidence[name] = max(evidence[name], deviation)
         alarms = [name for name in self.alarms if name != RISK]

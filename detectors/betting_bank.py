@@ -11,6 +11,7 @@ import numpy as np
 
 from detectors.base import F64, Detector, positive
 from detectors.bootstrap import autocorrelation_time
+from detectors.scanning import alarms_in
 
 GRID = float(2**20)
 """Log e-values are rounded down to multiples of 1/GRID: sums are exact and do not depend on how a stream was cut."""
@@ -165,15 +166,7 @@ class BettingBank(Detector):
         if not values.size:
             return []
         levels = np.clip(values, 0.0, 1.0) * LEVELS
-        alarms: list[int] = []
-        begin, span = 0, LONG
-        while begin < levels.size:
-            alarm = self._scan(levels[begin : begin + span])
-            if alarm is None:
-                begin, span = begin + span, min(2 * span, LONG)
-            else:
-                begin, span = begin + alarm + 1, SHORT
-                alarms.append(begin - 1)
+        alarms = alarms_in(levels, self._scan, SHORT, LONG)
         self.drift = bool(alarms) and alarms[-1] == levels.size - 1
         return alarms
 

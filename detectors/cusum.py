@@ -9,6 +9,7 @@ import numpy as np
 
 from detectors.base import F64, Detector, positive
 from detectors.registry import register
+from detectors.scanning import alarms_in
 
 GRID = float(2**20)
 """Values are rounded to multiples of 1/GRID (1e-6 standard deviations). Sums of such numbers are exact in float64 as
@@ -88,15 +89,7 @@ class CUSUM(Detector):
             return []
         if not math.isfinite(step.sum()):
             raise ValueError("CUSUM needs finite values: drop the others first, as Calibrated does")
-        alarms: list[int] = []
-        begin, span = 0, LONG
-        while begin < step.size:
-            alarm = self._scan(step[begin : begin + span])
-            if alarm is None:
-                begin, span = begin + span, min(2 * span, LONG)
-            else:
-                begin, span = begin + alarm + 1, SHORT
-                alarms.append(begin - 1)
+        alarms = alarms_in(step, self._scan, SHORT, LONG)
         self.drift = bool(alarms) and alarms[-1] == step.size - 1
         return alarms
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from detectors.base import F64, Detector, positive
 from detectors.registry import register
+from detectors.scanning import alarms_in
 
 GRID = float(2**20)
 """Log e-values are rounded to multiples of 1/GRID, so that sums are exact and do not depend on how a stream was cut."""
@@ -227,15 +228,7 @@ class EDetector(Detector):
             return []
         if not math.isfinite(values.sum()):
             raise ValueError("EDetector needs finite values: drop the others first, as Calibrated does")
-        alarms: list[int] = []
-        begin, span = 0, LONG
-        while begin < values.size:
-            alarm = self._scan(values[begin : begin + span])
-            if alarm is None:
-                begin, span = begin + span, min(2 * span, LONG)
-            else:
-                begin, span = begin + alarm + 1, SHORT
-                alarms.append(begin - 1)
+        alarms = alarms_in(values, self._scan, SHORT, LONG)
         self.drift = bool(alarms) and alarms[-1] == values.size - 1
         return alarms
 
