@@ -41,6 +41,9 @@ class Reference:
     """(K, D) variance of the same."""
     feature_axes: Tensor | None = None
     """(R, D) leading principal directions of wide features, orthonormal; None where D is small."""
+    class_distance: Tensor | None = None
+    """(2,) mean and deviation, over held-out source rows, of a row's distance from its predicted class: the mean
+    absolute z-score of its features, clipped; None where that was not measured."""
     output_mean: float = 0.0
     """Mean of the model's outputs on the source data."""
     output_var: float = 1.0
@@ -87,7 +90,7 @@ class Reference:
         prepared = _nested(tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREPARED)}
         known = {part.name for part in fields(cls)} - {"prepared"}
-        classes = {"class_feature_mean", "class_feature_var", "feature_axes"}
+        classes = {"class_feature_mean", "class_feature_var", "feature_axes", "class_distance"}
         optional = {"feature_mean", "feature_var", "class_prior"} | classes
         if missing := sorted(known - optional - tensors.keys()):
             raise ValueError(f"the reference lacks {', '.join(missing)}: pack the bundle again")

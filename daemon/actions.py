@@ -43,8 +43,13 @@ class Actions:
         """The guard's reason, for the next reading."""
         self.version_harm = False
         """The promoted version must go: it is shown to be worse than the frozen model, or not finite."""
-        self.trusted = False
+        self.trusted = self.decides
         """Whether the fast adaptation is served; else it runs in shadow."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether the fast adapter decides by itself when to differ from the version: it needs no shadow period."""
+        return self.resident.deciding is not None
 
     def learn(self) -> Event:
         """Start or finish a burst; a promoted candidate is served from the next batch on."""
@@ -71,7 +76,7 @@ class Actions:
     def weigh(self) -> None:
         """What the evidence says of the layers: serve the fast one, take it away, withdraw a version."""
         verdict = self.monitor.fast_guard.verdict()
-        if verdict is not None and self.trusted and verdict != "harm":
+        if verdict is not None and self.trusted and (self.decides or verdict != "harm"):
             self.trip = self.trip or verdict
         elif verdict is not None:
             # Labels showed it: back into the shadow, from nothing, until labels show the opposite. That is its
@@ -83,13 +88,16 @@ class Actions:
             self.resident.reset_fast()
             self.monitor.forget_fast()
         self.version_harm |= self.monitor.slow_guard.verdict() is not None
-        trusted = self.monitor.trusted()
+        trusted = self._trusted(self._state)
         if trusted != self.trusted:
-            log.info(
-                "fast adaptation served" if trusted else "fast adaptation in shadow", gain=self.resident.adapter.gain
-            )
+            log.info("fast adaptation served" if trusted else "fast adaptation in shadow", gain=self.resident.gain)
             self.monitor.forget_served()
         self.trusted = trusted
+
+    def _trusted(self, state: State) -> bool:
+        if self.decides:
+            return state is not State.FALLBACK and self.monitor.fast_guard.verdict() is None
+        return self.monitor.trusted()
 
     def take_trip(self) -> str | None:
         """The reason to fall back now, once; takes a harmful version out of service."""
@@ -138,11 +146,16 @@ class Actions:
             )
         self._state = decision.state
         self._telemetry.enter(decision.state)
+        if self.decides:
+            # Every row counts as evidence, in every state; only what costs a forward pass waits for an alarm.
+            self.resident.set_alert(decision.adapt)
+            self.trusted = self._trusted(decision.state)
+            return decision.state is not State.FALLBACK
         return decision.adapt
 
     def _report_alarms(self, reading: Reading) -> None:
         watch = self.monitor.watch
-        kind = watch.judge(self.monitor.deviations)
+        kind = watch.judge(self.monitor.stream_deviations)
         steady = self._state is State.STEADY
         counted = [name for name in watch.alarms if steady or name in REPORTED]
         for name in counted:
@@ -163,6 +176,6 @@ class Actions:
 
     def resume(self, state: State) -> None:
         """Go on in ``state`` after a restart."""
-        self.trusted = self.monitor.trusted()
+        self.trusted = self._trusted(state)
         self._state = state
         self._telemetry.enter(state)

@@ -7,29 +7,31 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 
 from daemon.actions import Actions
-from daemon.bundle import Bundle, open_bundle
+from daemon.bundle import Bundle
 from daemon.detector_settings import check_calibrated, check_detectors
+from daemon.device import choose_device
 from daemon.errors import SettingsError
 from daemon.labels import LabelJoin
 from daemon.learner import Learner
 from daemon.loop import Loop
 from daemon.monitor import Monitor
+from daemon.opening import Streams, checkpoint_folder, is_simulated, load_bundle, open_streams
 from daemon.regulator import Regulator
-from daemon.resident import Resident, choose_device
+from daemon.resident import Resident
 from daemon.settings import Settings
 from daemon.signals import Meter
-from daemon.streams import open_labels, open_sink, open_source
 from daemon.streams.base import LabelSource, Sink, Source
-from daemon.streams.codecs import codec
+from daemon.streams.codecs import Codec, codec
 from daemon.tally import Tally
 from daemon.telemetry import Telemetry
+
+__all__ = ["Worker", "assemble", "build", "checkpoint_folder", "is_simulated", "load_bundle", "warm_up"]
 
 log = structlog.get_logger("homeostat")
 
@@ -74,64 +76,6 @@ class Worker:
         loop.actions.resume(loop.regulator.state)
 
 
-def is_simulated(settings: Settings) -> bool:
-    """Whether the stream is the embedded one."""
-    return settings.source.startswith("sim:")
-
-
-def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Bundle:
-    """The bundle that the settings name; the simulator's own is packed when it is first needed.
-
-    Raises:
-        BundleError, SettingsError: naming the variable and what is wrong.
-    """
-    if settings.bundle is not None:
-        return open_bundle(settings.bundle, settings.factory, settings.app_dir)
-    if not is_simulated(settings):
-        raise SettingsError(
-            [f"HOMEOSTAT_BUNDLE is empty: HOMEOSTAT_SOURCE={settings.source} needs a folder made by `homeostat pack`"]
-        )
-    from daemon.streams.simbundle import ensure_bundle
-
-    return open_bundle(
-        ensure_bundle(
-            settings.state_dir,
-            settings.source,
-            settings.detect.name,
-            settings.detect.arl0,
-            progress,
-            fast_name=settings.fast.name,
-            features=settings.detect.features,
-        )
-    )
-
-
-def dead_letters_url(settings: Settings) -> str:
-    """Beside the source where that is Kafka, else a file in the state's folder, which is made.
-
-    Raises:
-        SettingsError: the folder can't be made.
-    """
-    if settings.dead_letters:
-        return settings.dead_letters
-    if settings.source.startswith("kafka:"):
-        return settings.source.rstrip("/") + ".dead-letters"
-    if is_simulated(settings):
-        return "null:"
-    try:
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError([f"HOMEOSTAT_STATE_DIR={settings.state_dir}: {error.strerror}"]) from None
-    return f"file:{settings.state_dir / 'dead-letters.jsonl'}"
-
-
-def open_label_stream(settings: Settings) -> LabelSource | None:
-    """The label stream that the settings name; the simulator's own when they name none."""
-    if settings.labels:
-        return open_labels(settings.labels, kafka=settings.kafka)
-    return open_labels(settings.source, variable="HOMEOSTAT_SOURCE") if is_simulated(settings) else None
-
-
 def _config_hash(settings: Settings, bundle: Bundle) -> str:
     """What state depends on: another bundle or another method can't go on from the old state."""
     parts = {
@@ -156,7 +100,29 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
     """
     torch.set_num_threads(settings.threads)
     check_detectors(settings)
-    bundle = load_bundle(settings, progress)
+    labelled = bool(settings.labels) or is_simulated(settings)
+    return build(settings, load_bundle(settings, progress), lambda decoder: open_streams(settings, decoder), labelled)
+
+
+def build(
+    settings: Settings,
+    bundle: Bundle,
+    streams: Callable[[Codec], Streams],
+    labelled: bool,
+    loop_type: type[Loop] = Loop,
+) -> Worker:
+    """Build the worker around ``bundle``; ``streams`` makes what it reads and writes.
+
+    Args:
+        settings: all but their streams is used.
+        bundle: its model becomes the worker's.
+        streams: called last, with the records' codec.
+        labelled: whether a label stream comes with the records.
+        loop_type: what carries out the loop.
+
+    Raises:
+        HomeostatError: naming the variable or file and what is wrong.
+    """
     check_calibrated(settings, bundle.calibration["detectors"])
     manifest = bundle.manifest
     task, shape = manifest.task, tuple(manifest.input_shape)
@@ -195,11 +161,12 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
             detector=settings.detect.name,
             features=settings.detect.features,
             prior=None if prior is None else prior.cpu().numpy(),
-            labelled=bool(settings.labels) or is_simulated(settings),
+            labelled=labelled,
+            decides=resident.deciding is not None,
         )
     except (ValueError, KeyError) as error:
         raise _advice("HOMEOSTAT_DETECT", settings.detect.name, error) from None
-    has_labels = bool(settings.labels) or is_simulated(settings) or settings.codec != "raw"
+    has_labels = labelled or settings.codec != "raw"
     classes = manifest.outputs if task == "classification" else None
     try:
         learner = Learner(settings.slow, reference, task=task, classes=classes, input_shape=shape)
@@ -215,13 +182,13 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
     watch = monitor.watch
     telemetry = Telemetry(monitor.signal_names(), list(monitor.deviations()), list(watch.detectors), list(watch.early))
     tally = Tally(outputs=classes or 0)
-    labels = open_label_stream(settings)
     decoder = codec(settings.codec, shape)
-    loop = Loop(
+    opened = streams(decoder)
+    loop = loop_type(
         task=task,
         codec=decoder,
-        sink=open_sink(settings.sink, dead_letters_url=dead_letters_url(settings), kafka=settings.kafka),
-        labels=labels,
+        sink=opened.sink,
+        labels=opened.labels,
         resident=resident,
         monitor=monitor,
         regulator=regulator,
@@ -257,10 +224,10 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
         device=str(device),
         fast=settings.fast.name,
         slow=settings.slow.name if limits.slow_enabled else "off",
-        dead_letters=dead_letters_url(settings),
+        dead_letters=opened.dead_letters,
     )
-    source = open_source(settings.source, decoder, kafka=settings.kafka)
-    return Worker(settings, bundle, source, loop.sink, labels, loop, telemetry, _config_hash(settings, bundle))
+    parts = (opened.source, opened.sink, opened.labels, loop, telemetry)
+    return Worker(settings, bundle, *parts, _config_hash(settings, bundle))
 
 
 def _without_slow(limits: Any) -> Any:
@@ -282,11 +249,3 @@ def warm_up(worker: Worker) -> None:
     resident.load_state_dict(before)
     resident.predict(exemplars, adapt=False, serve=True)
     resident.load_state_dict(before)
-
-
-def checkpoint_folder(settings: Settings) -> Path | None:
-    """Where snapshots go; None when there are none."""
-    folder = settings.checkpoint.dir
-    if folder is not None:
-        return None if str(folder) == "off" else folder
-    return None if is_simulated(settings) else settings.state_dir / "checkpoints"

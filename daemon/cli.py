@@ -1,4 +1,4 @@
-"""The command line: ``homeostat run | check | pack | inspect | broker | simulate | detect``.
+"""The command line: ``homeostat run | check | pack | inspect | broker | simulate | detect | evaluate``.
 
 Nothing heavy is imported before a command needs it: help, and a wrong setting, answer at once.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import daemon
 from daemon.errors import HomeostatError, SettingsError
+from daemon.evaluation import command as evaluate_command
 from daemon.recorded import command as detect_command
 
 EXIT_CODES = """\
@@ -78,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"homeostat {daemon.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Lazy)
 
-    run = commands.add_parser(
-        "run", help="run the daemon", description="Run the daemon.", variables=(), tail=EXIT_CODES
-    )
+    run = commands.add_parser("run", help="run the daemon", description="Run it.", variables=(), tail=EXIT_CODES)
     run.add_argument("--max-records", type=_positive, metavar="N", help="end after N records")
     run.add_argument("--report", type=Path, metavar="FILE", help="write the closing numbers as JSON")
 
@@ -143,13 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--to", required=True, metavar="URL", help="kafka://host:port/topic, file://path or -")
     simulate.add_argument("--labels-to", default="", metavar="URL", help="where the late labels go")
     simulate.add_argument("--records", type=_positive, default=20_000, metavar="N", help="rows to write (20000)")
-    simulate.add_argument(
-        "--rate", type=float, default=0.0, metavar="R", help="rows per second; 0: as fast as possible"
-    )
+    simulate.add_argument("--rate", type=float, default=0.0, metavar="R", help="rows per second; 0: at full speed")
     simulate.add_argument("--bundle", type=Path, metavar="FOLDER", help="also pack the simulator's own model there")
     simulate.add_argument("--seed", type=int, default=7, metavar="N", help="seed of the array (7)")
 
     detect_command.add(commands)
+    evaluate_command.add(commands)
     return parser
 
 
@@ -292,6 +290,7 @@ _COMMANDS = {
     "broker": _broker,
     "simulate": _simulate,
     "detect": detect_command.run,
+    "evaluate": evaluate_command.run,
 }
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from daemon.evidence import HarmEvidence
+from adapters.evidence import HarmEvidence
 from daemon.guard_limits import GuardLimits
 from daemon.records import F64
 
@@ -20,7 +20,7 @@ Reason = Literal["non_finite", "harm", "proxy_harm", "collapse"]
 class Guard:
     """Compares what is served with what the frozen model would have served; ``verdict`` says when to fall back.
 
-    - Harm: an anytime-valid test (:class:`daemon.evidence.HarmEvidence`) of "the served model is no worse", once on
+    - Harm: an anytime-valid test (:class:`adapters.evidence.HarmEvidence`) of "the served model is no worse", once on
       paired loss differences of labelled rows, once on a label-free proxy. It holds for correlated rows too, as long
       as no row's expected difference, given the rows before it, is above 0. Trips when the evidence reaches 1 / level.
     - Collapse: entropy of the mean prediction, normalised by log K, over an exponential window. It is judged against

@@ -16,8 +16,10 @@ import numpy as np
 from daemon.records import F32, Labels
 
 UNKNOWN = np.float32(np.nan)
-FACTS = ("served", "adapted", "version", "frozen", "weight", "epoch", "number", "by_fast", "confidence")
+FACTS = ("served", "adapted", "version", "frozen", "weight", "epoch", "number", "by_fast", "confidence", "place")
 """What is remembered of a row besides its input, in the order of `Joined`."""
+PLACES = 2**24
+"""Whole numbers that a float32 holds."""
 
 
 @dataclass(slots=True)
@@ -44,6 +46,8 @@ class Joined:
     """1 where the adapted prediction is the one that was emitted."""
     confidence: F32
     """As it was emitted; 0 for a regression."""
+    place: F32
+    """Number of the row in the fast state that predicted it, modulo `PLACES`."""
 
     def __len__(self) -> int:
         return len(self.y)

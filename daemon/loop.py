@@ -15,11 +15,12 @@ import structlog
 from numpy.typing import NDArray
 
 from daemon.actions import Actions
-from daemon.labels import FACTS, Joined, LabelJoin
+from daemon.labels import FACTS, PLACES, Joined, LabelJoin
 from daemon.monitor import Monitor
+from daemon.predicted import Predicted
 from daemon.records import Batch, Labels, Positions, RawBatch, slots_of
 from daemon.regulator import Reading, Regulator
-from daemon.resident import Predicted, Resident
+from daemon.resident import Resident
 from daemon.signals import Rows
 from daemon.streams.base import LabelSource, Sink
 from daemon.streams.codecs import Codec, encode_invalid, encode_predictions
@@ -58,6 +59,10 @@ class Loop:
     """Next offset per partition: everything before it is answered (durably only after a flush)."""
     emit_from: Positions = field(default_factory=dict)
     """Offsets from which on records are answered; earlier ones were answered before a restart."""
+
+    def __post_init__(self) -> None:
+        # One that decides by itself is given every row, from the first on.
+        self.adapt = self.adapt or self.actions.decides
 
     def process(self, raw: RawBatch) -> None:
         """Answer one raw batch and learn from it."""
@@ -157,7 +162,10 @@ class Loop:
         facts[:, 0], facts[:, 1] = served, predicted.adapted
         facts[:, 2], facts[:, 3], facts[:, 4] = predicted.version, predicted.frozen, predicted.weight
         facts[:, 5], facts[:, 6] = self.resident.epoch, self.resident.current.number
-        facts[:, 7], facts[:, 8] = predicted.served_adapted, predicted.rows.confidence
+        by = predicted.changed_by
+        facts[:, 7] = predicted.served_adapted if by is None or not predicted.served_adapted else by > 0
+        facts[:, 8] = predicted.rows.confidence
+        facts[:, 9] = (predicted.first + np.arange(len(ids))) % PLACES
         self.join.predicted(ids, x, facts, float(times.max()))
         if inline:
             self.join.offer(Labels([name for name, _ in inline], [y for _, y in inline], [-np.inf] * len(inline)))
@@ -199,7 +207,7 @@ class Loop:
             return
         self.monitor.labelled(usable, self.resident.epoch, self.resident.current.number, fast=self.actions.trusted)
         self.tally.score(self.monitor, usable)
-        self.resident.learn(usable.x, usable.y)
+        self.resident.learn(usable.x, usable.y, usable.place, usable.epoch)
         self.actions.learner.add(usable)
 
     def _fetch_labels(self) -> None:
@@ -242,7 +250,7 @@ class Loop:
         """Bring the gauges up to date; for whoever is about to read them, not for the hot path."""
         telemetry, monitor = self.telemetry, self.monitor
         telemetry.lag.set(float("nan") if lag is None else lag)
-        telemetry.gain.set(self.resident.adapter.gain)
+        telemetry.gain.set(self.resident.gain)
         telemetry.version.set(self.resident.current.number)
         for name, value in monitor.signals().items():
             telemetry.signal[name].set(value)

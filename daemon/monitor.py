@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from adapters.runs import Runs
 from daemon.guard import Guard, GuardLimits
 from daemon.labels import Joined
+from daemon.predicted import Predicted
 from daemon.records import F32, F64
-from daemon.resident import Predicted
-from daemon.runs import Runs
 from daemon.signals import Level, blend, divergence
 from daemon.trust import Trust
 from daemon.watch import Watch
@@ -46,13 +46,18 @@ class Monitor:
         features: str | None = None,
         prior: np.ndarray | None,
         labelled: bool = False,
+        decides: bool = False,
     ) -> None:
         self.task = task
         self.names = names
+        self.decides = decides
+        """Whether the fast adapter decides row by row what serves: then all that it answered is one function."""
         self._bands = calibration["bands"]
         self._loss_scale = float(calibration["loss_scale"])
         self.watch = Watch(names, task, calibration, detector, features)
         self.levels = {name: Level(LEVEL_ROWS) for name in names}
+        # What the stream does is read from the model as it was, what serves from the answer that goes out.
+        self._stream_levels = {name: Level(LEVEL_ROWS) for name in names} if decides else self.levels
         self.errors = {name: Level(ERROR_ROWS) for name in ("served", "adapted", "version", "frozen")}
         self._prior = None if prior is None else np.asarray(prior, np.float64)
         self._mean_p: F64 | None = None
@@ -64,11 +69,15 @@ class Monitor:
 
     def observe(self, predicted: Predicted) -> str | None:
         """Take in one batch; returns the fast guard's reason when the adapted answers must not be used."""
-        rows, adapted = predicted.rows, predicted.adapted_rows
+        rows, adapted = predicted.base or predicted.rows, predicted.adapted_rows
         count = len(rows.prediction)
         for column, name in enumerate(self.names):
             self.levels[name].update(rows.signals[:, column])
-        self.watch.rows(rows)
+        watched = predicted.watched or rows
+        self.watch.rows(watched)
+        if self.decides:
+            for column, name in enumerate(self.names):
+                self._stream_levels[name].update(watched.signals[:, column])
         if rows.mean_p is not None:
             self._confidence.update(rows.confidence)
         if rows.mean_p is not None and np.isfinite(rows.mean_p).all():
@@ -76,11 +85,13 @@ class Monitor:
         self.trust.observe(predicted, count)
         if adapted is None:
             return self.fast_guard.verdict()
+        # One that decides by itself makes use of runs of classes: its mean prediction is no sign of a collapse.
+        decided = predicted.changed_by is not None
         self.fast_guard.observe(
             rows=count,
             finite=adapted.finite(),
-            mean_p_served=_double(adapted.mean_p),
-            mean_p_frozen=_double(predicted.version_mean_p),
+            mean_p_served=None if decided else _double(adapted.mean_p),
+            mean_p_frozen=None if decided else _double(predicted.version_mean_p),
         )
         # Labels are the truth: while they come, the proxy has no say.
         if predicted.proxy is not None and not self.trust.labels_come() and np.isfinite(predicted.proxy).all():
@@ -111,7 +122,9 @@ class Monitor:
         losses = {name: self.loss(getattr(joined, name), joined.y) for name in self.errors}
         self.watch.losses(losses["served"])
         now, same_version = joined.epoch == epoch, joined.number == number
-        current = (joined.by_fast == 1) & now if fast else (joined.by_fast == 0) & same_version
+        current = (joined.by_fast == fast) & (now if fast else same_version)
+        if self.decides:
+            current = now & same_version
         self.errors["served"].update(losses["served"][current])
         self._loss.update(self._surprise(joined, losses["served"])[current])
         self.errors["adapted"].update(losses["adapted"][now])
@@ -141,8 +154,15 @@ class Monitor:
 
     def deviations(self) -> dict[str, float]:
         """How far each level is above its reference, in units of its band; NaN before the first value."""
+        return self._deviations(self.levels)
+
+    def stream_deviations(self) -> dict[str, float]:
+        """The same of the version's signals, whatever serves: what tells the kind of a shift."""
+        return self._deviations(self._stream_levels)
+
+    def _deviations(self, levels: dict[str, Level]) -> dict[str, float]:
         result = {}
-        for name, level in self.levels.items():
+        for name, level in levels.items():
             band = self._bands[name]
             result[name] = (level.value - band["mean"]) / band["band"] if level.rows >= LEVEL_ROWS / 4 else math.nan
         band = self._bands["error"]
@@ -221,6 +241,7 @@ class Monitor:
         """For a checkpoint."""
         return {
             "levels": {name: level.state_dict() for name, level in self.levels.items()},
+            "stream_levels": {name: level.state_dict() for name, level in self._stream_levels.items()},
             "errors": {name: level.state_dict() for name, level in self.errors.items()},
             "mean_p": self._mean_p,
             "confidence": self._confidence.state_dict(),
@@ -236,6 +257,8 @@ class Monitor:
         """From a checkpoint."""
         for name, level in self.levels.items():
             level.load_state_dict(state["levels"][name])
+        for name, level in self._stream_levels.items():
+            level.load_state_dict(state["stream_levels"][name])
         for name, level in self.errors.items():
             level.load_state_dict(state["errors"][name])
         self.watch.load_state_dict(state["watch"])

@@ -160,6 +160,9 @@ def pack(
     columns = {name: rows_seen.signals[:, index].astype(np.float64) for index, name in enumerate(names(task))}
     for name, values in columns.items():
         report["bands"][name] = band(values, LEVEL_ROWS, BAND_FLOOR * float(values.std()))
+    if reference.class_feature_mean is not None:
+        held = columns["class_shift"]
+        reference = replace(reference, class_distance=torch.tensor([held.mean(), held.std()], dtype=torch.float32))
     floor = ERROR_FLOOR if task == "classification" else 0.25 * float(losses.mean())
     report["bands"]["error"] = band(losses, ERROR_ROWS, floor)
     report["detectors"] = calibrate_watch(

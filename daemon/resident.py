@@ -10,7 +10,6 @@ from __future__ import annotations
 import resource
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,57 +20,10 @@ from torch import Tensor, nn
 import adapters.fast as fast
 import adapters.slow as slow
 from adapters.features import FeatureTap, find_head
+from daemon.labels import PLACES
+from daemon.predicted import Predicted, Version
 from daemon.records import F32
 from daemon.signals import Meter, Rows
-
-
-@dataclass(slots=True)
-class Version:
-    """A promoted set of weights: what changed against the frozen model, and why it was kept."""
-
-    number: int
-    delta: dict[str, Tensor] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Predicted:
-    """One batch: what is answered, and what the other layers would have answered (NaN where they did not run)."""
-
-    rows: Rows
-    """The answer: the adapted model's where it is served, else the version's."""
-    adapted: F32
-    """(B,) prediction of the fast adapter, served or in shadow."""
-    version: F32
-    """(B,) prediction of the current version without fast adaptation."""
-    frozen: F32
-    """(B,) prediction of the frozen model."""
-    weight: F32
-    """(B,) one over the chance that the twins ran on a row."""
-    number: int = 0
-    """Which version answers."""
-    served_adapted: bool = False
-    adapt_seconds: float | None = None
-    adapted_rows: Rows | None = None
-    version_mean_p: F32 | None = None
-    proxy: F32 | None = None
-    """(n,) adapted minus version feature shift, on the rows where both ran."""
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        ValueError: when the named device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device; use auto or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0")
-    return device
 
 
 class Resident:
@@ -115,7 +67,11 @@ class Resident:
         self.version_model = version_model
         options = {"head": self._head, **self._fast_options} if self._head else self._fast_options
         self.adapter = fast.build(self._fast_name, version_model, self._reference, **options)
-        self.adapter.gain = 0.0
+        self.deciding = self.adapter if isinstance(self.adapter, fast.DecidingAdapter) else None
+        """The adapter, where it decides by itself when to differ from the version."""
+        self.gain = 0.0
+        """The controller's. A deciding adapter is served in full or not at all, and not by this."""
+        self.adapter.gain = 0.0 if self.deciding is None else 1.0
         head = self._head or find_head(version_model)
         self._tap = FeatureTap(version_model, head) if head else None
 
@@ -129,6 +85,8 @@ class Resident:
             slots: (B,) whose fast state each row adapts; None: one state for all.
         """
         x_B, count = self._upload(x), len(x)
+        if self.deciding is not None:
+            return self._predict_deciding(self.deciding, x_B, adapt=adapt, serve=serve)
         # At gain 0 the adapter's answer is the version's, to the bit; it may still gather statistics.
         differs = self.adapter.gain > 0.0
         adapted, seconds = None, None
@@ -149,7 +107,9 @@ class Resident:
         else:
             rows = twin = adapted if adapted is not None and not differs else self.measure_version(x_B)
             version = rows.prediction
-        predicted = Predicted(rows, blank, version, version, weight, self.current.number, served_adapted, seconds)
+        predicted = Predicted(
+            rows, blank, version, version, weight, self.current.number, served_adapted, adapt_seconds=seconds
+        )
         if adapted is not None and differs:
             predicted.adapted, predicted.adapted_rows = adapted.prediction, adapted
             if len(sampled):
@@ -157,26 +117,69 @@ class Resident:
                 both = sampled if served_adapted else np.arange(count)
                 predicted.proxy = adapted.signals[both, column] - twin.signals[:, column]
                 predicted.version_mean_p = twin.mean_p
+        self._row += count
+        return self._with_frozen(predicted, x_B, sampled)
+
+    def _with_frozen(self, predicted: Predicted, x_B: Tensor, sampled: np.ndarray | None = None) -> Predicted:
+        """With the frozen model's answers to a sample of the rows, where it is not the version."""
         if self.current.number:
-            weight[:] = 1.0 / self._twin_share
-            predicted.frozen = blank
+            sampled = self._sample(len(x_B)) if sampled is None else sampled
+            predicted.weight[:] = 1.0 / self._twin_share
+            predicted.frozen = np.full(len(x_B), np.nan, np.float32)
             if len(sampled):
                 frozen = self.measure_frozen(self._rows(x_B, sampled))
-                predicted.frozen = _scatter(blank, sampled, frozen.prediction)
-        self._row += count
+                predicted.frozen = _scatter(predicted.frozen, sampled, frozen.prediction)
         return predicted
 
-    def learn(self, x: F32, y: NDArray[Any]) -> None:
-        """Give late labels to a fast method that learns from them."""
-        if self.adapter.labelled:
-            labels = torch.from_numpy(y.astype(np.float32 if self.task == "regression" else np.int64))
-            self.adapter.learn(self._upload(x), labels.to(self.device))
+    def _predict_deciding(self, adapter: fast.DecidingAdapter, x_B: Tensor, *, adapt: bool, serve: bool) -> Predicted:
+        """The same with an adapter that decides by itself; it brings the version's answers along."""
+        first, served, started = adapter.numbered, self.current.number, time.monotonic()
+        rows = self._measure_adapted(x_B, None, adapt=adapt) if serve else self.measure_version(x_B)
+        by, version = np.zeros(len(x_B), np.int8), rows.prediction
+        predicted = Predicted(rows, version, version, version, np.ones(len(x_B), np.float32), served)
+        if serve and (by := adapter.changed_by).any():
+            seen, blank = adapter.frozen, np.full(len(x_B), np.nan, np.float32)
+            predicted.version = predicted.frozen = blank if seen is None else seen.spread(len(x_B))
+            predicted.weight[:] = len(x_B) / max(1, 0 if seen is None else len(seen.at))
+            predicted.served_adapted, predicted.adapted_rows = True, rows
+            if (by > 1).any():
+                predicted.base = self._measure_outputs(x_B, adapter.base_outputs)
+            if seen is not None:
+                rows_seen = self._rows(x_B, seen.at)
+                predicted.watched = self.meter.measure(rows_seen, seen.outputs, seen.features, kind=self._kind)
+        predicted.adapt_seconds = time.monotonic() - started if serve and adapt else None
+        predicted.changed_by, predicted.first = by, first
+        self._row += len(x_B)
+        return self._with_frozen(predicted, x_B)
+
+    def learn(self, x: F32, y: NDArray[Any], places: NDArray[np.float32], epochs: NDArray[np.float32]) -> None:
+        """Give late labels to a fast method that learns from them.
+
+        Args:
+            x: (n, *shape) rows as they were predicted.
+            y: (n,) labels.
+            places: (n,) their numbers in the fast state of that time, modulo `daemon.labels.PLACES`.
+            epochs: (n,) which fast state that was.
+        """
+        if not self.adapter.labelled:
+            return
+        labels = torch.from_numpy(y.astype(np.float32 if self.task == "regression" else np.int64)).to(self.device)
+        numbers = None
+        if self.deciding is not None:
+            now = self.deciding.numbered
+            back = (now - places.astype(np.int64)) % PLACES
+            numbers = torch.from_numpy(np.where(epochs == self.epoch, now - back, -1))
+        self.adapter.learn(self._upload(x), labels, numbers)
 
     def _measure_adapted(self, x_B: Tensor, slots: NDArray[np.int64] | None, *, adapt: bool) -> Rows:
         call = self.adapter.forward if adapt else self.adapter.predict
         given = None if slots is None else torch.from_numpy(slots)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             outputs = call(x_B, check_finite=False, slots=given)
+        return self._measure_outputs(x_B, outputs)
+
+    def _measure_outputs(self, x_B: Tensor, outputs: Tensor | None) -> Rows:
+        assert outputs is not None
         kind = "probs" if self.adapter.outputs == "probs" else self._kind
         return self.meter.measure(x_B, outputs, self.adapter.features, kind=kind)
 
@@ -221,8 +224,14 @@ class Resident:
 
     def set_gain(self, gain: float) -> None:
         """The fast actuator, in [0, 1]."""
-        if gain != self.adapter.gain:
+        self.gain = gain
+        if self.deciding is None and gain != self.adapter.gain:
             self.adapter.gain = gain
+
+    def set_alert(self, alert: bool) -> None:
+        """Tell a deciding adapter whether the detectors see a shift."""
+        if self.deciding is not None:
+            self.deciding.alert = alert
 
     def reset_fast(self) -> None:
         """Forget all fast adaptation; the gain is the regulator's and stays."""
@@ -259,7 +268,7 @@ class Resident:
             "epoch": self.epoch,
             "current": _version_state(self.current),
             "ring": [_version_state(version) for version in self.ring],
-            "gain": self.adapter.gain,
+            "gain": self.gain,
             "fast": self.adapter.state_dict(),
         }
 
@@ -271,7 +280,7 @@ class Resident:
         self._serve(self._version(state["current"]))
         self.epoch = int(state["epoch"])
         self.adapter.load_state_dict(state["fast"])
-        self.adapter.gain = float(state["gain"])
+        self.set_gain(float(state["gain"]))
 
     def _version(self, state: dict[str, Any]) -> Version:
         delta = {name: value.to(self.device) for name, value in state["delta"].items()}

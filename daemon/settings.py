@@ -187,7 +187,7 @@ class Settings(BaseSettings):
     """Longest wait for a fuller batch once the stream has nothing more to give."""
     probabilities: bool = False
     """Put every class's probability into each answer."""
-    fast: Method = Method(name="ema_norm")
+    fast: Method = Method(name="auto")
     """Fast method by name (see adapters/fast/README.md; woc+eata is one around another); options: FAST__LR=0.001."""
     slots: Literal["shared", "key"] = "shared"
     """What a record adapts: one shared state, or that of its record key, so that each sensor has its own."""

@@ -11,9 +11,10 @@ when asked for (``from adapters.fast import Tent``).
 from __future__ import annotations
 
 from adapters.fast.core.base import FastAdapter
+from adapters.fast.core.deciding import DecidingAdapter
 from adapters.fast.core.registry import build, class_named, get, names
 
-__all__ = ["FastAdapter", "build", "get", "names"]
+__all__ = ["DecidingAdapter", "FastAdapter", "build", "get", "names"]
 
 
 def __getattr__(name: str) -> type[FastAdapter]:

@@ -106,16 +106,34 @@ class ErrorMemory(FastAdapter):
 
     def _predict(self, x: Tensor) -> Tensor:
         outputs, f_BV, z_BD = self._frozen(x)
-        if self._memory.count == self._memory.protected or self.gain == 0.0:
+        if not self.labels or self.gain == 0.0:
             return outputs
-        with full_precision(x.device):
+        corrected = self._corrected(f_BV, z_BD)
+        return mix(outputs.reshape(len(x), -1), corrected, self.gain).view_as(outputs)
+
+    @property
+    def labels(self) -> int:
+        """How many labelled rows there are in the memory."""
+        return self._memory.count - self._memory.protected
+
+    def correct(self, outputs: Tensor, features: Tensor) -> Tensor:
+        """Corrected (B, V) probabilities or values, for whoever has run the frozen model already.
+
+        ``outputs`` are its logits or values (B, V), ``features`` (B, D) the inputs of its head.
+        """
+        f_BV, z_BD = self._scaled(outputs, features)
+        corrected = self._corrected(f_BV, z_BD)
+        return corrected.where(corrected.isfinite().all(1, keepdim=True), f_BV)
+
+    def _corrected(self, f_BV: Tensor, z_BD: Tensor) -> Tensor:
+        with full_precision(f_BV.device):
             error = self._estimate(z_BD)
             self.diagnostics["error"] = error
             corrected = f_BV + self.options.weight * error
             if self.outputs == "probs":
                 corrected = corrected.clamp_min(0.0)
                 corrected = corrected / corrected.sum(1, keepdim=True)
-            return mix(outputs.reshape(len(x), -1), corrected, self.gain).view_as(outputs)
+        return corrected
 
     def _estimate(self, z_BD: Tensor) -> Tensor:
         """(B, V) errors to expect, shrunk."""
@@ -137,6 +155,14 @@ class ErrorMemory(FastAdapter):
         _, f_BV, z_BD = self._frozen(x)
         self._tap.latest = latest
         self._memory.add(*self._usable(f_BV, z_BD, y))
+
+    def remember(self, outputs: Tensor, features: Tensor, y: Tensor) -> None:
+        """Learn from labelled rows whose outputs (B, V) and features (B, D) by the frozen model have been kept."""
+        self._memory.add(*self._usable(*self._scaled(outputs, features), y))
+
+    def _scaled(self, outputs: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        f_BV = (outputs.softmax(1) if self.outputs == "probs" else outputs).float().reshape(len(outputs), -1)
+        return f_BV, (features.float() - self._centre) / self._scale
 
     def _usable(self, f_BV: Tensor, z_BD: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Features and errors of the rows that can be stored."""

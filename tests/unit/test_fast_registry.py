@@ -13,7 +13,7 @@ from adapters.fast.core.registry import register
 from adapters.fast.core.share import share
 
 NAMES = [
-    "ada_mix_norm", "ada_npc", "alpha_norm", "cafa", "cotta", "deyo", "dpcore", "drm", "eata", "ema_norm",
+    "ada_mix_norm", "ada_npc", "alpha_norm", "auto", "cafa", "cotta", "deyo", "dpcore", "drm", "eata", "ema_norm",
     "error_memory", "eta", "feature_align", "gain_control", "gala", "iabn", "info_max", "input_prompt", "label_shift",
     "lame", "nhl", "none", "norm", "note", "poem", "psmt", "recap", "reliable", "rmt", "rna", "roid", "rotta", "rpl",
     "sar", "self_learning", "t3a", "tent", "unmix_norm", "vida", "woc",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from daemon.evidence import BETS, HarmEvidence
+from adapters.evidence import BETS, HarmEvidence
 from daemon.records import F64
 
 any_speed = settings(deadline=None)

@@ -24,7 +24,7 @@ def learner(folder: Path, **changes: Any) -> tuple[Learner, Any]:
 def joined(rows: int, seed: int = 1) -> Joined:
     x, y = source_rows(rows, seed=seed)
     blank = np.zeros(rows, np.float32)
-    return Joined(x, y, *[blank] * 9)
+    return Joined(x, y, *[blank] * 10)
 
 
 def test_a_wanted_burst_waits_for_labels_enough(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def state_but_counters(made: Worker) -> str:
 
 def adapting(folder: Path, **changes: object) -> Worker:
     """A worker whose fast adaptation learns, in shadow."""
-    made = worker(folder, **changes)
+    made = worker(folder, **{"fast": {"name": "ema_norm"}, **changes})
     made.loop.resident.set_gain(1.0)
     made.loop.adapt = True
     return made
@@ -81,18 +81,29 @@ def test_the_answers_of_a_batch_do_not_depend_on_its_own_labels(tmp_path: Path) 
     assert answers[0] == answers[1]
 
 
-def test_a_steady_world_costs_one_forward_a_batch(tmp_path: Path) -> None:
-    made = worker(tmp_path)
+METHODS = pytest.mark.parametrize("method", ["ema_norm", "auto"])
+
+
+def answering(made: Worker) -> torch.nn.Module:
+    """The module that runs while nothing is adapted."""
+    resident = made.loop.resident
+    return resident.frozen if resident.deciding is None else resident.deciding.model
+
+
+@METHODS
+def test_a_steady_world_costs_one_forward_a_batch(tmp_path: Path, method: str) -> None:
+    made = worker(tmp_path, fast={"name": method})
     calls: list[int] = []
-    made.loop.resident.frozen.register_forward_hook(lambda *_: calls.append(1))
+    answering(made).register_forward_hook(lambda *_: calls.append(1))
     for batch in range(5):
         made.loop.process(raw(records(16, seed=batch, first=16 * batch), first=16 * batch))
     assert len(calls) == 5 and made.loop.regulator.state.value == "steady"
 
 
-def test_what_the_frozen_model_can_not_say_is_never_emitted(tmp_path: Path) -> None:
-    made = worker(tmp_path)
-    made.loop.resident.frozen.register_forward_hook(
+@METHODS
+def test_what_the_frozen_model_can_not_say_is_never_emitted(tmp_path: Path, method: str) -> None:
+    made = worker(tmp_path, fast={"name": method})
+    answering(made).register_forward_hook(
         lambda module, inputs, outputs: torch.where(inputs[0][:, :1] > 0, torch.nan, outputs)
     )
     x, _ = source_rows(20)

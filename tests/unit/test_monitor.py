@@ -9,7 +9,7 @@ from daemon import checkpoint
 from daemon.inspecting import digest
 from daemon.labels import Joined
 from daemon.monitor import MIN_LABELS, Monitor
-from daemon.resident import Predicted
+from daemon.predicted import Predicted
 from daemon.trust import LABEL_SILENCE_ROWS
 from tests.unit.worlds import source_rows, worker
 
@@ -19,7 +19,7 @@ def labelled(rows: int, *, adapted_wrong: bool = False, version_wrong: bool = Fa
     right = (np.arange(rows) % 2).astype(np.float32)
     adapted, version = (1 - right if adapted_wrong else right), (1 - right if version_wrong else right)
     x, zeros, ones = np.zeros((rows, 4), np.float32), np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    return Joined(x, right.astype(np.float64), version, adapted, version, right, ones, zeros, zeros, zeros, ones)
+    return Joined(x, right.astype(np.float64), version, adapted, version, right, ones, zeros, zeros, zeros, ones, zeros)
 
 
 @pytest.fixture

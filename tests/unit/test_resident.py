@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from daemon import checkpoint
+from daemon.device import choose_device
 from daemon.inspecting import digest
-from daemon.resident import Resident, choose_device
+from daemon.resident import Resident
 from tests.unit.worlds import source_rows, worker
 
 
 def resident(folder: Path, **changes: object) -> Resident:
-    return worker(folder, **changes).loop.resident
+    return worker(folder, **{"fast": {"name": "ema_norm"}, **changes}).loop.resident
 
 
 def test_a_promoted_version_answers_from_the_next_batch_on_and_a_rollback_takes_it_away(tmp_path: Path) -> None:

@@ -122,9 +122,11 @@ class FastAdapter(ABC):
         """
         return None if self.slotted else f"{self.name} keeps one state for all slots"
 
-    def learn(self, x: Tensor, y: Tensor) -> None:
+    def learn(self, x: Tensor, y: Tensor, numbers: Sequence[int] | Tensor | None = None) -> None:
         """Learn from late labels: x (B, *input_shape) as predicted earlier, y (B,) classes (int64) or values.
 
+        ``numbers`` (B,) say which rows these were, counted from 0 over all usable ones that `forward` has been given
+        since construction (a restored state goes on counting); who weighs its own answers by labels needs them.
         Rows or labels that are not finite are left out. ValueError where the method is not `labelled`.
         """
         if not self.labelled:
@@ -134,7 +136,8 @@ class FastAdapter(ABC):
         usable = x.isfinite().flatten(1).all(1) & (y.isfinite() if y.is_floating_point() else y >= 0)
         if bool(usable.any()):
             with torch.inference_mode():
-                self._learn(x[usable], y[usable])
+                known = None if numbers is None else torch.as_tensor(numbers, device=usable.device)[usable]
+                self._learn_numbered(x[usable], y[usable], known)
 
     @property
     def features(self) -> Tensor | None:
@@ -239,6 +242,10 @@ class FastAdapter(ABC):
 
     def _learn(self, x: Tensor, y: Tensor) -> None:  # noqa: B027, only for those that are `labelled`
         """Learn from finite rows and their labels, B > 0, in inference mode."""
+
+    def _learn_numbered(self, x: Tensor, y: Tensor, numbers: Tensor | None) -> None:
+        """As `_learn`, for those that need to know which rows these were."""
+        self._learn(x, y)
 
     def _gain_changed(self) -> None:  # noqa: B027, some look at the gain when they predict
         """React to a new ``self.gain``."""

@@ -106,9 +106,9 @@ class Wrapper(FastAdapter):
         """Return what `forward` would return now, without a change of state."""
         return self.inner.predict(x, check_finite, slots=slots)
 
-    def learn(self, x: Tensor, y: Tensor) -> None:
+    def learn(self, x: Tensor, y: Tensor, numbers: Sequence[int] | Tensor | None = None) -> None:
         """Learn from late labels where the method inside does."""
-        self.inner.learn(x, y)
+        self.inner.learn(x, y, numbers)
 
     @property
     def features(self) -> Tensor | None:

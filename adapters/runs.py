@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from daemon.records import F64
+F64 = NDArray[np.float64]
 
 LONGEST = 16
 """Rows after which a run counts, and another begins: a stream of one class is not one observation for ever."""

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from daemon.records import F64
+F64 = NDArray[np.float64]
 
 BETS = (0.03, 0.06, 0.12, 0.25, 0.5, 0.9)
 """The shares of the capital that are bet, mixed evenly: the best one depends on the unknown size of the harm."""

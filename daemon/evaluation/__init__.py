@@ -1,0 +1,1 @@
+"""`homeostat evaluate`: a recorded stream replayed through the loop, configurations side by side."""

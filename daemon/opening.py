@@ -1,0 +1,102 @@
+"""Opens what the settings name: the bundle, records, answers and labels; nothing here knows the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.bundle import Bundle, open_bundle
+from daemon.errors import SettingsError
+from daemon.settings import Settings
+from daemon.streams import open_labels, open_sink, open_source
+from daemon.streams.base import LabelSource, Sink, Source
+from daemon.streams.codecs import Codec
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a worker reads and writes."""
+
+    source: Source
+    sink: Sink
+    labels: LabelSource | None
+    dead_letters: str = "null:"
+    """Where unanswerable records go, for the log."""
+
+
+def is_simulated(settings: Settings) -> bool:
+    """Whether the stream is the embedded one."""
+    return settings.source.startswith("sim:")
+
+
+def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Bundle:
+    """The bundle that the settings name; the simulator's own is packed when it is first needed.
+
+    Raises:
+        BundleError, SettingsError: naming the variable and what is wrong.
+    """
+    if settings.bundle is not None:
+        return open_bundle(settings.bundle, settings.factory, settings.app_dir)
+    if not is_simulated(settings):
+        raise SettingsError(
+            [f"HOMEOSTAT_BUNDLE is empty: HOMEOSTAT_SOURCE={settings.source} needs a folder made by `homeostat pack`"]
+        )
+    from daemon.streams.simbundle import ensure_bundle
+
+    return open_bundle(
+        ensure_bundle(
+            settings.state_dir,
+            settings.source,
+            settings.detect.name,
+            settings.detect.arl0,
+            progress,
+            fast_name=settings.fast.name,
+            features=settings.detect.features,
+        )
+    )
+
+
+def dead_letters_url(settings: Settings) -> str:
+    """Beside the source where that is Kafka, else a file in the state's folder, which is made.
+
+    Raises:
+        SettingsError: the folder can't be made.
+    """
+    if settings.dead_letters:
+        return settings.dead_letters
+    if settings.source.startswith("kafka:"):
+        return settings.source.rstrip("/") + ".dead-letters"
+    if is_simulated(settings):
+        return "null:"
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError([f"HOMEOSTAT_STATE_DIR={settings.state_dir}: {error.strerror}"]) from None
+    return f"file:{settings.state_dir / 'dead-letters.jsonl'}"
+
+
+def open_label_stream(settings: Settings) -> LabelSource | None:
+    """The label stream that the settings name; the simulator's own when they name none."""
+    if settings.labels:
+        return open_labels(settings.labels, kafka=settings.kafka)
+    return open_labels(settings.source, variable="HOMEOSTAT_SOURCE") if is_simulated(settings) else None
+
+
+def open_streams(settings: Settings, decoder: Codec) -> Streams:
+    """Make the streams that the settings name.
+
+    Raises:
+        HomeostatError: naming the variable that is wrong.
+    """
+    labels, dead = open_label_stream(settings), dead_letters_url(settings)
+    sink = open_sink(settings.sink, dead_letters_url=dead, kafka=settings.kafka)
+    return Streams(open_source(settings.source, decoder, kafka=settings.kafka), sink, labels, dead)
+
+
+def checkpoint_folder(settings: Settings) -> Path | None:
+    """Where snapshots go; None when there are none."""
+    folder = settings.checkpoint.dir
+    if folder is not None:
+        return None if str(folder) == "off" else folder
+    return None if is_simulated(settings) else settings.state_dir / "checkpoints"
