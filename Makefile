@@ -12,7 +12,7 @@ BIN := .venv/bin
 # --python: else uv fills whichever environment happens to be activated.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 
-.PHONY: help run test lint bench bench-detect bench-fast errors clean
+.PHONY: help run test lint bench bench-auto bench-detect bench-fast errors clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,6 +36,9 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-auto: .venv/.installed-dev
+	$(BIN)/python -m tests.benchmarks.auto $(ARGS)
 
 bench-detect: .venv/.installed-frouros
 	$(BIN)/python -m tests.benchmarks.detect $(ARGS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import structlog
 
 from daemon.learner import Learner
 from daemon.monitor import Monitor
+from daemon.predicted import Predicted
 from daemon.regulator import Decision, Reading, RegulatorLimits, State
 from daemon.resident import Resident
 from daemon.shift_kind import ShiftKind
@@ -17,6 +19,8 @@ from daemon.watch import REPORTED
 
 log = structlog.get_logger("homeostat.regulator")
 
+WAYS_ROWS = 64
+"""Rows at the least between two log lines on what answers."""
 Event = Literal["idle", "busy", "promoted", "rejected", "failed"]
 
 
@@ -39,6 +43,8 @@ class Actions:
         self._tally = tally
         self._limits = limits
         self._state = State.STEADY
+        self._ways: tuple[str, ...] = ()
+        self._since_ways = WAYS_ROWS
         self.trip: str | None = None
         """The guard's reason, for the next reading."""
         self.version_harm = False
@@ -72,6 +78,23 @@ class Actions:
             return "promoted"
         log.info("burst without a version", result=outcome.result, **record)
         return "failed" if outcome.result == "failed" else "rejected"
+
+    def answered(self, predicted: Predicted) -> None:
+        """Count what answered the rows of a batch; log when most of them are answered in another way than before."""
+        rows, by = len(predicted.version), predicted.changed_by
+        if by is None or not predicted.served_adapted:
+            self._telemetry.answered["adapted" if predicted.served_adapted else "model"].inc(rows)
+            ways: tuple[str, ...] = ()
+        else:
+            names = self.resident.deciding.ways if self.resident.deciding is not None else ()
+            last = np.bincount(np.frexp(by.astype(np.float64))[1], minlength=len(names) + 1)
+            for name, count in zip(("model", *names), last.tolist(), strict=True):
+                self._telemetry.answered[name].inc(count)
+            ways = tuple(name for bit, name in enumerate(names) if (by >> bit & 1).mean() > 0.5)
+        self._since_ways += rows
+        if ways != self._ways and self._since_ways >= WAYS_ROWS and self.decides:
+            log.info("answered by", ways=list(ways) or ["model"], before=list(self._ways) or ["model"])
+            self._ways, self._since_ways = ways, 0
 
     def weigh(self) -> None:
         """What the evidence says of the layers: serve the fast one, take it away, withdraw a version."""

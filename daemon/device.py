@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import torch
 
 
@@ -19,3 +21,10 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return device
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use: CUDA's allocator, or the process' resident set on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

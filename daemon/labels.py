@@ -47,7 +47,7 @@ class Joined:
     confidence: F32
     """As it was emitted; 0 for a regression."""
     place: F32
-    """Number of the row in the fast state that predicted it, modulo `PLACES`."""
+    """Number of the row in the deciding adapter's state that predicted it, modulo `PLACES`; NaN for none."""
 
     def __len__(self) -> int:
         return len(self.y)

@@ -95,6 +95,7 @@ class Loop:
             predicted.served_adapted = False
             predicted.rows = self.resident.measure_version(x)
             predicted.version = predicted.rows.prediction
+        self.actions.answered(predicted)
         if not predicted.rows.finite() and self.resident.current.number:
             self.actions.version_harm = True
             predicted.rows, predicted.number = self.resident.measure_frozen(x), 0
@@ -165,7 +166,7 @@ class Loop:
         by = predicted.changed_by
         facts[:, 7] = predicted.served_adapted if by is None or not predicted.served_adapted else by > 0
         facts[:, 8] = predicted.rows.confidence
-        facts[:, 9] = (predicted.first + np.arange(len(ids))) % PLACES
+        facts[:, 9] = np.nan if predicted.first is None else (predicted.first + np.arange(len(ids))) % PLACES
         self.join.predicted(ids, x, facts, float(times.max()))
         if inline:
             self.join.offer(Labels([name for name, _ in inline], [y for _, y in inline], [-np.inf] * len(inline)))

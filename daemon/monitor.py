@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from adapters.runs import Runs
 from daemon.guard import Guard, GuardLimits
 from daemon.labels import Joined
 from daemon.predicted import Predicted
 from daemon.records import F32, F64
+from daemon.runs import Runs
 from daemon.signals import Level, blend, divergence
 from daemon.trust import Trust
 from daemon.watch import Watch
@@ -86,10 +86,12 @@ class Monitor:
         if adapted is None:
             return self.fast_guard.verdict()
         # One that decides by itself makes use of runs of classes: its mean prediction is no sign of a collapse.
-        decided = predicted.changed_by is not None
+        by, decided = predicted.changed_by, predicted.changed_by is not None
+        finite = np.isfinite(adapted.prediction) & np.isfinite(adapted.confidence)
         self.fast_guard.observe(
             rows=count,
-            finite=adapted.finite(),
+            # What it did not change is not its fault.
+            finite=bool(finite.all() if by is None else finite[by > 0].all()),
             mean_p_served=None if decided else _double(adapted.mean_p),
             mean_p_frozen=None if decided else _double(predicted.version_mean_p),
         )

@@ -46,8 +46,8 @@ class Predicted:
     """What the detectors read where it isn't ``base``: the version's own rows, where a deciding adapter ran it."""
     changed_by: NDArray[np.int8] | None = None
     """(B,) what a deciding adapter answered each row with, 0 for the version; None for other adapters."""
-    first: int = 0
-    """Number of the first row in the fast state."""
+    first: int | None = None
+    """Number of the first row in the state of a deciding adapter; None where that was not asked."""
     adapt_seconds: float | None = None
     adapted_rows: Rows | None = None
     version_mean_p: F32 | None = None

@@ -7,7 +7,6 @@ in a steady world a batch costs one forward pass.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import deque
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import adapters.fast as fast
 import adapters.slow as slow
 from adapters.features import FeatureTap, find_head
+from daemon.device import memory_bytes
 from daemon.labels import PLACES
 from daemon.predicted import Predicted, Version
 from daemon.records import F32
@@ -133,22 +133,23 @@ class Resident:
 
     def _predict_deciding(self, adapter: fast.DecidingAdapter, x_B: Tensor, *, adapt: bool, serve: bool) -> Predicted:
         """The same with an adapter that decides by itself; it brings the version's answers along."""
-        first, served, started = adapter.numbered, self.current.number, time.monotonic()
+        first, started = adapter.numbered, time.monotonic()
         rows = self._measure_adapted(x_B, None, adapt=adapt) if serve else self.measure_version(x_B)
         by, version = np.zeros(len(x_B), np.int8), rows.prediction
-        predicted = Predicted(rows, version, version, version, np.ones(len(x_B), np.float32), served)
+        predicted = Predicted(rows, version, version, version, np.ones(len(x_B), np.float32), self.current.number)
         if serve and (by := adapter.changed_by).any():
             seen, blank = adapter.frozen, np.full(len(x_B), np.nan, np.float32)
             predicted.version = predicted.frozen = blank if seen is None else seen.spread(len(x_B))
-            predicted.weight[:] = len(x_B) / max(1, 0 if seen is None else len(seen.at))
+            predicted.weight[:] = 1.0 / adapter.frozen_share
             predicted.served_adapted, predicted.adapted_rows = True, rows
-            if (by > 1).any():
-                predicted.base = self._measure_outputs(x_B, adapter.base_outputs)
             if seen is not None:
-                rows_seen = self._rows(x_B, seen.at)
-                predicted.watched = self.meter.measure(rows_seen, seen.outputs, seen.features, kind=self._kind)
+                x = self._rows(x_B, seen.at)
+                predicted.watched = self.meter.measure(x, seen.outputs, seen.features, kind=self._kind)
+            if (by > 1).any():
+                whole = seen is not None and len(seen.at) == len(x_B) and not (by & 1).any()
+                predicted.base = predicted.watched if whole else self._measure_outputs(x_B, adapter.base_outputs)
         predicted.adapt_seconds = time.monotonic() - started if serve and adapt else None
-        predicted.changed_by, predicted.first = by, first
+        predicted.changed_by, predicted.first = by, first if serve else None
         self._row += len(x_B)
         return self._with_frozen(predicted, x_B)
 
@@ -167,8 +168,8 @@ class Resident:
         numbers = None
         if self.deciding is not None:
             now = self.deciding.numbered
-            back = (now - places.astype(np.int64)) % PLACES
-            numbers = torch.from_numpy(np.where(epochs == self.epoch, now - back, -1))
+            back = (now - np.nan_to_num(places).astype(np.int64)) % PLACES
+            numbers = torch.from_numpy(np.where((epochs == self.epoch) & np.isfinite(places), now - back, -1))
         self.adapter.learn(self._upload(x), labels, numbers)
 
     def _measure_adapted(self, x_B: Tensor, slots: NDArray[np.int64] | None, *, adapt: bool) -> Rows:
@@ -217,10 +218,8 @@ class Resident:
         return host
 
     def memory_bytes(self) -> int:
-        """Memory in use on the model's device: CUDA's allocator, or the process' resident set on the CPU."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.memory_allocated(self.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """Memory in use on the model's device."""
+        return memory_bytes(self.device)
 
     def set_gain(self, gain: float) -> None:
         """The fast actuator, in [0, 1]."""

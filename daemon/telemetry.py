@@ -27,6 +27,8 @@ BURSTS = ("promoted", "rejected", "failed", "cancelled")
 LABELS = ("joined", "late", "rejected")
 MODEL_NOT_FINITE = "model_not_finite"
 """The reason of an answer that not even the frozen model could give."""
+ANSWERED = ("model", "adapted", "aligned", "runs", "memory")
+"""The version as it is; a fast method; or what `auto` chose, the last of several that changed an answer."""
 TRIPS = ("non_finite", "collapse", "harm", "proxy_harm", "version_harm")
 
 
@@ -122,6 +124,13 @@ class Telemetry:
         self.in_state[State.STEADY].set(1)
         self._state_seconds = Counter("homeostat_state_seconds_total", "Seconds spent in each state.", ["state"], **kw)
         self.state_seconds = {state.value: self._state_seconds.labels(state.value) for state in State}
+        self._answered = Counter(
+            "homeostat_answered_rows_total",
+            "Rows by what answered them: the model as it is, or what adapts it.",
+            ["by"],
+            **kw,
+        )
+        self.answered = {by: self._answered.labels(by) for by in ANSWERED}
         self.gain = Gauge("homeostat_gain_ratio", "The fast actuator, 0 (frozen) to 1.", **kw)
         self._signal = Gauge(
             "homeostat_signal",

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from adapters.evidence import HarmEvidence
-from adapters.runs import Runs
 from daemon.predicted import Predicted
 from daemon.records import F64
+from daemon.runs import Runs
 from daemon.signals import Level, blend, divergence
 
 BENEFIT_LEVEL = 0.05

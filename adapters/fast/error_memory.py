@@ -112,6 +112,12 @@ class ErrorMemory(FastAdapter):
         return mix(outputs.reshape(len(x), -1), corrected, self.gain).view_as(outputs)
 
     @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        device: torch.device = self._centre.device
+        return device
+
+    @property
     def labels(self) -> int:
         """How many labelled rows there are in the memory."""
         return self._memory.count - self._memory.protected

@@ -21,6 +21,7 @@ METRICS = {
     "homeostat_lag_records": ("gauge", ()),
     "homeostat_state": ("gauge", ("state",)),
     "homeostat_state_seconds": ("counter", ("state",)),
+    "homeostat_answered_rows": ("counter", ("by",)),
     "homeostat_gain_ratio": ("gauge", ()),
     "homeostat_signal": ("gauge", ("signal",)),
     "homeostat_signal_deviation_ratio": ("gauge", ("signal",)),

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.runs import LONGEST, Runs
 from daemon.inspecting import digest
 from daemon.predicted import Predicted
+from daemon.runs import LONGEST, Runs
 from daemon.signals import Rows
 from daemon.trust import BALANCED_ROWS, LABEL_SILENCE_ROWS, MAX_UNPROVEN, Trust
 

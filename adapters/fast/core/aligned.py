@@ -21,6 +21,9 @@ from adapters.features import FeatureTap
 _ROWS_AT_ONCE = 256
 _FLOOR = 1e-3
 """Least deviation of a channel, as a share of its layer's, below which it is not scaled up."""
+APART, LEAST_EXEMPLARS = 0.5, 32
+"""Mean step of the means, in deviations, or of the logarithm of the variances, from a BatchNorm's running statistics to
+the source rows', from which on these are not taken for the same; and how many rows that takes."""
 _CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm, nn.Linear)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -56,15 +59,57 @@ class _Follower(nn.Module):
 
 
 class _AlignedBatchNorm(_Follower):
-    """A BatchNorm that normalises with the moments that it follows."""
+    """A BatchNorm that normalises with the moments that it follows.
+
+    Where its running statistics are plainly not the moments of the source rows, which a model may have learnt to live
+    with, the stream is brought to those rows' moments instead, and then normalised as ever.
+    """
 
     def __init__(self, source: _BatchNorm) -> None:
         super().__init__()
         self.layer = AdaptedBatchNorm(source)
+        self._gathered: list[tuple[int, Tensor, Tensor]] | None = None
+        self._apart = False
         self.start(self.layer.running_mean, self.layer.running_var)
 
+    def gather(self) -> None:
+        """From now until `settle`, note the moments of what comes in."""
+        self._gathered = []
+
+    def settle(self) -> None:
+        """Compare what was noted of source rows with the running statistics."""
+        gathered, self._gathered = self._gathered, None
+        if not gathered:
+            return
+        mean, var = _pooled(gathered)
+        own_mean, own_var = self.source
+        step = ((mean - own_mean).abs() / (own_var + self.layer.eps).sqrt()).mean()
+        ratio = ((var + self.layer.eps) / (own_var + self.layer.eps)).log().abs().mean()
+        self._apart = bool(torch.maximum(step, ratio) > APART)
+        if self._apart:
+            self.start(mean, var)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer.normalise(x, *self.moments(x))
+        if self._gathered is not None:
+            self._gathered.append((len(x), *batch_moments(x)))
+            return self.layer(x)  # type: ignore[no-any-return]
+        mean, var = self.moments(x)
+        if self._apart:
+            # ((x − mean)·k + source mean − running mean) / running deviation, as one normalisation.
+            layer, eps = self.layer, self.layer.eps
+            k_squared = (self.source[1] + eps) / (var + eps)
+            mean = mean - (self.source[0] - layer.running_mean) * k_squared.rsqrt()
+            var = (layer.running_var + eps) / k_squared - eps
+        return self.layer.normalise(x, mean, var)
+
+
+def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of all rows, from the rows, mean and variance of each part."""
+    rows = torch.tensor([count for count, _, _ in parts], dtype=torch.float32)
+    weight = (rows / rows.sum()).unsqueeze(1).to(parts[0][1])
+    means, variances = (torch.stack([part[k] for part in parts]) for k in (1, 2))  # type: ignore[misc]
+    mean = (weight * means).sum(0)
+    return mean, (weight * (variances + (means - mean).square())).sum(0)
 
 
 class _AlignedOutput(_Follower):
@@ -101,12 +146,7 @@ class _AlignedOutput(_Follower):
         gathered, self._gathered = self._gathered, None
         if not gathered:
             return
-        rows = torch.tensor([count for count, _, _ in gathered], dtype=torch.float32)
-        weight = (rows / rows.sum()).unsqueeze(1).to(gathered[0][1])
-        means = torch.stack([mean for _, mean, _ in gathered])
-        variances = torch.stack([var for _, _, var in gathered])
-        mean = (weight * means).sum(0)
-        self.start(mean, (weight * (variances + (means - mean).square())).sum(0))
+        self.start(*_pooled(gathered))
         self._floor = _FLOOR**2 * self.source[1].mean() + torch.finfo(torch.float32).tiny
 
 
@@ -132,16 +172,26 @@ class AlignedModel:
         self.model = share(model)
         self._layers: list[_Follower] = []
         if any(map(adaptable, self.model.modules())):
-            self._replace({name: _AlignedBatchNorm(layer) for name, layer in _batch_norms(self.model).items()})
+            own = {name: _AlignedBatchNorm(layer) for name, layer in _batch_norms(self.model).items()}
+            self._replace(own)
+            if exemplars is not None and len(exemplars) >= LEAST_EXEMPLARS:
+                for norm in own.values():
+                    norm.gather()
+                self._run_all(exemplars)
+                for norm in own.values():
+                    norm.settle()
         elif exemplars is not None and len(exemplars):
             hooks = [_AlignedOutput(layer) for layer in _others(self.model, head).values()]
-            with torch.inference_mode():
-                for part in exemplars.split(_ROWS_AT_ONCE):
-                    self.model(part)
+            self._run_all(exemplars)
             self._layers += [hook for hook in hooks if hook.seen]
             for hook in hooks:
                 hook.settle()
         self.tap = FeatureTap(self.model, head) if head else None
+
+    def _run_all(self, x: Tensor) -> None:
+        with torch.inference_mode():
+            for part in x.split(_ROWS_AT_ONCE):
+                self.model(part)
 
     def _replace(self, layers: dict[str, _AlignedBatchNorm]) -> None:
         made: dict[nn.Module, _AlignedBatchNorm] = {}

@@ -19,7 +19,7 @@ OPEN_ROWS = 512
 OUTLIER, FAR = 10.0, 8.0
 """An input is an outlier if its mean distance from the source's mean, in deviations, is above ``OUTLIER`` and above
 ``FAR`` times the usual one."""
-USUAL_ROWS = 256
+USUAL_ROWS, LEAST_ROWS = 256, 8
 REFRESH_ROWS = 256
 """Rows for which one shift is not taken for another."""
 DEFF_POWER = 0.75
@@ -54,18 +54,21 @@ class AlignedArm:
         """Whether what `run` gave last was finite; else it has stopped, from nothing."""
         self._open_rows = 0
         self._rows = 0.0
-        self._usual: float | None = None
+        self._usual, self._usual_rows = 0.0, 0
+        """Logarithm of the usual distance, at the source about 1, and the rows behind it."""
 
     @property
     def settled(self) -> bool:
         """Whether it has had its time to show something since it was opened."""
         return self._open_rows >= OPEN_ROWS
 
-    def refresh(self) -> None:
-        """Another shift: what was seen so far does not count against it."""
-        if self._open_rows > REFRESH_ROWS:
-            self._open_rows = 0
-            self.nearer.restart()
+    def refresh(self) -> bool:
+        """Another shift: what was seen so far does not count against it; False so soon after the one before."""
+        if self._open_rows <= REFRESH_ROWS:
+            return False
+        self._open_rows = 0
+        self.nearer.restart()
+        return True
 
     def close(self) -> None:
         """Stop, and go back to the source's moments."""
@@ -77,19 +80,23 @@ class AlignedArm:
         """(B,) which rows are too far from all others to be taken into a mean. Updates what is usual."""
         z = (x.flatten(1).float() - self._input_mean).mul_(self._input_inverse).abs_().mean(1).cpu().numpy()
         z = np.nan_to_num(z.astype(np.float64), nan=np.inf)
-        usual = float(np.median(z)) if self._usual is None else self._usual
-        far = z > max(OUTLIER, FAR * usual)
-        # Geometric: one wild row moves it little, a shift of all rows within a batch or a few.
-        now = float(np.median(z[np.isfinite(z)])) if np.isfinite(z).any() else usual
-        share = -math.expm1(-len(z) / USUAL_ROWS)
-        self._usual = math.exp((1 - share) * math.log(max(usual, 1e-6)) + share * math.log(max(now, 1e-6)))
+        log_z = np.log(np.maximum(z[np.isfinite(z)], 1e-6))
+        now = float(np.median(log_z)) if len(log_z) else 0.0
+        # Enough rows at once say by themselves what is usual, whatever the shift; of a few one may be the outlier.
+        usual = max(self._usual, now) if len(log_z) >= LEAST_ROWS else self._usual
+        far = z > max(OUTLIER, FAR * math.exp(usual))
+        # Geometric, so that one wild row moves it little.
+        share = max(len(z) / (self._usual_rows + len(z) + 1.0), -math.expm1(-len(z) / USUAL_ROWS))
+        self._usual += share * (now - self._usual)
+        self._usual_rows = min(self._usual_rows + len(z), USUAL_ROWS)
         return far
 
     def run(self, x: Tensor, design_effect: float) -> tuple[Tensor, Tensor | None]:
         """Outputs and features of x (B, *input_shape), which are taken into the moments if they are finite."""
         memory = min(self._memory * design_effect**DEFF_POWER, self._most)
         rows = self._rows + len(x)
-        weight = -math.expm1(-len(x) / min(memory, rows + self._source * design_effect))
+        start = rows + self._source * design_effect
+        weight = max(len(x) / start, -math.expm1(-len(x) / memory))
         outputs = self.model(x, weight)
         features = self.model.features
         self.fine = bool(outputs.isfinite().all()) and self.model.keep()
@@ -113,6 +120,7 @@ class AlignedArm:
             "open_rows": self._open_rows,
             "rows": self._rows,
             "usual": self._usual,
+            "usual_rows": self._usual_rows,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -121,4 +129,4 @@ class AlignedArm:
         self.nearer.load(state["nearer"])
         self.open, self._open_rows = bool(state["open"]), int(state["open_rows"])
         self._rows = float(state["rows"])
-        self._usual = None if state["usual"] is None else float(state["usual"])
+        self._usual, self._usual_rows = float(state["usual"]), int(state["usual_rows"])

@@ -45,10 +45,11 @@ class Arms:
     def weigh(self, numbers: NDArray[np.int64], y: NDArray[Any], design_effect: float) -> None:
         """Take in labels (n,) of rows by their numbers; rows that have left the window say nothing."""
         kept = (numbers >= 0) & (numbers < self._end) & (numbers >= self._end - WINDOW_ROWS)
-        places, y = numbers[kept] % WINDOW_ROWS, y[kept]
+        numbers, y = numbers[kept], y[kept]
+        places = numbers % WINDOW_ROWS
         loss = {name: self._loss(ring[places], y) for name, ring in self._answers.items()}
         for arm, without in CONTESTS.items():
-            self.contests[arm].update(y, loss[without] - loss[arm], design_effect)
+            self.contests[arm].update(numbers, loss[without] - loss[arm], design_effect)
 
     def _loss(self, answers: F32, y: NDArray[Any]) -> NDArray[np.float64]:
         known = np.isfinite(answers)

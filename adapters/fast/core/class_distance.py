@@ -24,10 +24,13 @@ CLIP = 10.0
 PRIOR_ROWS = 10.0
 """Weight of all rows in the moments of one class, in rows."""
 BLOCK_ROWS = 16
-MEMORY_BLOCKS = 12
+MEMORY_BLOCKS = 8
 LEAST_BLOCKS = 3
+SHARPNESS = 2.0
+"""What a fall of the entropy, in units of ln K, counts against one of the distance: features can come nearer to the
+wrong classes, which shows as doubt between them."""
 MARGIN = 0.03
-"""By how much the mean distance must fall, in deviations of a feature."""
+"""By how much both together must fall, in deviations of a feature."""
 SIGNIFICANT = 2.0
 """And how many standard errors that must be."""
 HYSTERESIS = 0.5
@@ -58,8 +61,15 @@ class ClassDistance:
 
     def __call__(self, features_BD: Tensor, predicted_B: Tensor) -> Tensor:
         """(B,) distances."""
-        z_BD = (features_BD.float() - self._mean_KD[predicted_B]) * self._inverse_KD[predicted_B]
-        return z_BD.abs_().clamp_(max=CLIP).mean(1)
+        return self._z(features_BD, predicted_B).abs_().clamp_(max=CLIP).mean(1)
+
+    def residuals(self, features_BD: Tensor, answers_B: NDArray[np.float32]) -> Tensor:
+        """(B, D) z-scores of the features against the class (B,) that each row was predicted as."""
+        predicted_B = torch.from_numpy(np.nan_to_num(answers_B).astype(np.int64)).to(features_BD.device)
+        return self._z(features_BD, predicted_B)
+
+    def _z(self, features_BD: Tensor, predicted_B: Tensor) -> Tensor:
+        return (features_BD.float() - self._mean_KD[predicted_B]) * self._inverse_KD[predicted_B]
 
 
 def _by_class(predicted_N: Tensor, features_ND: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -72,9 +82,11 @@ def _by_class(predicted_N: Tensor, features_ND: Tensor, classes: int) -> tuple[T
 
 
 class NearerToSource:
-    """Whether another model's features lie nearer to their classes than the present one's, row by row on the same rows.
+    """Whether another model brings rows nearer to their classes, and is not less sure of these, than the present one.
 
-    A t-test on means of blocks of rows, over the latest of them: features of the rows of one run are alike.
+    Row by row on the same rows, d is by how much less the class distance is and h by how much less the entropy; shown
+    where the mean of d + ``SHARPNESS``·h is above ``MARGIN`` and that of d above 0. A t-test on means of blocks of
+    rows, over the latest of them: rows of one run are alike.
     """
 
     def __init__(self) -> None:
@@ -84,34 +96,42 @@ class NearerToSource:
         """Forget everything."""
         self.verdict = False
         """Whether they are nearer by the margin, and surely so."""
-        self._held = np.zeros(0)
-        self._mean = self._var = 0.0
+        self._held = np.zeros((0, 2))
+        self._nearer = self._mean = self._var = 0.0
         self._blocks = 0
 
-    def update(self, nearer_n: F64) -> None:
-        """Take in (n,) by how much nearer they lie, in the order of the rows; values that are not finite count as 0."""
-        held = np.concatenate([self._held, np.nan_to_num(nearer_n, nan=0.0, posinf=0.0, neginf=0.0)])
+    def update(self, nearer_n: F64, surer_n: F64) -> None:
+        """Take in (n,) falls of the distance and of the entropy, in the order of the rows.
+
+        Rows of which either is not finite count as 0.
+        """
+        both = np.stack([nearer_n, surer_n], 1)
+        both[~np.isfinite(both).all(1)] = 0.0
+        held = np.concatenate([self._held, both])
         whole = len(held) // BLOCK_ROWS * BLOCK_ROWS
-        for value in held[:whole].reshape(-1, BLOCK_ROWS).mean(1):
-            self._block(float(value))
+        for nearer, surer in held[:whole].reshape(-1, BLOCK_ROWS, 2).mean(1).tolist():
+            self._block(nearer, nearer + SHARPNESS * surer)
         self._held = held[whole:].copy()
 
-    def _block(self, value: float) -> None:
+    def _block(self, nearer: float, value: float) -> None:
         self._blocks += 1
         share, step = max(1.0 / self._blocks, 1.0 / MEMORY_BLOCKS), value - self._mean
         self._mean += share * step
         self._var = (1.0 - share) * (self._var + share * step * step)
+        self._nearer += share * (nearer - self._nearer)
         if self._blocks < LEAST_BLOCKS:
             return
         free = min(self._blocks, 2 * MEMORY_BLOCKS - 1) - 1
         sure = self._mean > SIGNIFICANT * math.sqrt(self._var / free)
-        self.verdict = self._mean >= HYSTERESIS * MARGIN if self.verdict else self._mean > MARGIN and sure
+        enough = self._mean >= HYSTERESIS * MARGIN if self.verdict else self._mean > MARGIN and sure
+        self.verdict = enough and self._nearer > 0.0
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all that `update` changes."""
         return {
             "verdict": self.verdict,
             "held": self._held.copy(),
+            "nearer": self._nearer,
             "mean": self._mean,
             "var": self._var,
             "blocks": self._blocks,
@@ -119,5 +139,6 @@ class NearerToSource:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave."""
-        self.verdict, self._held = bool(state["verdict"]), np.array(state["held"], np.float64)
+        self.verdict, self._held = bool(state["verdict"]), np.array(state["held"], np.float64).reshape(-1, 2)
+        self._nearer = float(state["nearer"])
         self._mean, self._var, self._blocks = float(state["mean"]), float(state["var"]), int(state["blocks"])

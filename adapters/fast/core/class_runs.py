@@ -111,7 +111,8 @@ class ClassRuns:
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all that `update` changes."""
-        return {"m": self._m.copy(), "pi": self._pi.copy(), "weights": self._weights.copy(), "rows": self._rows}
+        parts = {"m": self._m.copy(), "pi": self._pi.copy(), "weights": self._weights.copy()}
+        return {**parts, "rows": self._rows}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave; ValueError when it was of other classes or hypotheses."""

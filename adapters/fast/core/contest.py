@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.evidence import HarmEvidence
-from adapters.runs import Runs
 
 LEVEL = 0.05
 """Chance that an arm that is no better is ever taken for better, and the other way round."""
@@ -20,8 +19,9 @@ LEAST_LEVEL = 1e-6
 class Contest:
     """One arm against the one that serves without it, on the rows whose labels have come.
 
-    Two anytime-valid tests (:class:`adapters.evidence.HarmEvidence`), of "no better" and of "no worse"; a run of one
-    class counts as one observation. What was shown to be better and then to be worse has to show more the next time.
+    Two anytime-valid tests (:class:`adapters.evidence.HarmEvidence`), of "no better" and of "no worse". Rows that stand
+    closer together in the stream than its design effect, where classes come in runs, count as one observation. What
+    was shown to be better and then to be worse has to show more the next time.
     """
 
     def __init__(self) -> None:
@@ -31,22 +31,27 @@ class Contest:
         self._restart()
 
     def _restart(self) -> None:
-        self._better, self._worse, self._runs = HarmEvidence(), HarmEvidence(), Runs()
-        self._held: list[float] = []
+        self._better, self._worse = HarmEvidence(), HarmEvidence()
+        self._first, self._total, self._count = 0, 0.0, 0
 
-    def update(self, y: NDArray[Any], benefit: NDArray[np.float64], design_effect: float = 1.0) -> None:
-        """Take in (n,) labels and by how much less the arm lost on them, in [-1, 1]; NaN: one of the two is unknown.
+    def update(self, numbers: NDArray[np.int64], benefit: NDArray[np.float64], design_effect: float = 1.0) -> None:
+        """Take in by how much less the arm lost on labelled rows (n,), in [-1, 1]; NaN: one of the two is unknown.
 
-        ``design_effect`` runs are put together into one observation: short runs of the same few classes are alike too.
+        ``numbers`` (n,) say where in the stream the rows were.
         """
         known = np.isfinite(benefit)
-        self._held += self._runs.means(y[known], benefit[known]).tolist()
-        size = max(1, round(design_effect))
-        whole = len(self._held) // size * size
-        means = np.asarray(self._held[:whole]).reshape(-1, size).mean(1) if whole else np.zeros(0)
-        self._held = self._held[whole:]
-        self._better.update(means)
-        self._worse.update(-means)
+        means = []
+        for number, value in zip(numbers[known].tolist(), benefit[known].tolist(), strict=True):
+            if self._count and abs(number - self._first) >= design_effect:
+                means.append(self._total / self._count)
+                self._count = 0
+            if not self._count:
+                self._first, self._total = number, 0.0
+            self._total += value
+            self._count += 1
+        observed = np.asarray(means)
+        self._better.update(observed)
+        self._worse.update(-observed)
         if self.verdict >= 0 and self._worse.log_peak >= self._bar:
             if self.verdict > 0:
                 self._bar = min(self._bar + math.log(2), -math.log(LEAST_LEVEL))
@@ -63,8 +68,9 @@ class Contest:
             "bar": self._bar,
             "better": self._better.state_dict(),
             "worse": self._worse.state_dict(),
-            "runs": self._runs.state_dict(),
-            "held": list(self._held),
+            "first": self._first,
+            "total": self._total,
+            "count": self._count,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -72,5 +78,4 @@ class Contest:
         self.verdict, self._bar = int(state["verdict"]), float(state["bar"])
         self._better.load_state_dict(state["better"])
         self._worse.load_state_dict(state["worse"])
-        self._runs.load_state_dict(state["runs"])
-        self._held = [float(value) for value in state["held"]]
+        self._first, self._total, self._count = int(state["first"]), float(state["total"]), int(state["count"])

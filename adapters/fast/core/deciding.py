@@ -26,6 +26,8 @@ class DecidingAdapter(FastAdapter):
     """Names of what can change an answer; `changed_by` has a bit for each, the lowest for the first."""
     changed_by: NDArray[np.int8] = np.zeros(0, np.int8)
     """(B,) what answered each usable row of the latest call: 0, the given model to the bit, or the bits of `ways`."""
+    frozen_share = 1.0
+    """Chance that the given model was run on a row of the latest call."""
     base_outputs: Tensor | None = None
     """(B, V) of the latest call before corrections that features know nothing of: with them they make sense."""
     frozen: Seen | None = None

@@ -39,22 +39,24 @@ class EffectiveRows:
         p_BK = p_BK[np.isfinite(p_BK).all(1)]
         held = np.concatenate([self._held, p_BK]) if len(self._held) else p_BK
         whole = len(held) // BLOCK_ROWS * BLOCK_ROWS
-        for block in held[:whole].reshape(-1, BLOCK_ROWS, held.shape[1]):
-            self._block(block)
+        blocks = held[:whole].reshape(-1, BLOCK_ROWS, held.shape[1])
+        means = blocks.mean(1)
+        # Rows about a point m' are their variance and the distance of their mean from it: |mean − last|²/4 here.
+        variances = np.einsum("nbk,nbk->n", blocks, blocks) / BLOCK_ROWS - np.einsum("nk,nk->n", means, means)
+        for mean, variance in zip(means, variances.tolist(), strict=True):
+            self._block(mean, max(variance, 0.0))
         self._held = held[whole:].copy()
 
-    def _block(self, block: F64) -> None:
-        mean = block.mean(0)
+    def _block(self, mean: F64, variance: float) -> None:
         if self._last is not None:
-            between = float(np.square(mean - self._last).sum()) / 2
-            rows = float(np.square(block - (mean + self._last) / 2).sum()) / BLOCK_ROWS
+            step = mean - self._last
+            apart = float(step @ step)
             keep = 1.0 - 1.0 / min(self._blocks, MEMORY_BLOCKS)
-            self._between = keep * self._between + (1.0 - keep) * between
-            self._rows = keep * self._rows + (1.0 - keep) * rows
-            if self._blocks < LEAST_BLOCKS:
-                self._blocks, self._last = self._blocks + 1, mean
-                return
-            self.value = float(np.clip(BLOCK_ROWS * self._between / max(self._rows, 1e-12), 1.0, BLOCK_ROWS))
+            self._between = keep * self._between + (1.0 - keep) * apart / 2
+            self._rows = keep * self._rows + (1.0 - keep) * (variance + apart / 4)
+            if self._blocks >= LEAST_BLOCKS:
+                value = BLOCK_ROWS * self._between / max(self._rows, 1e-12)
+                self.value = min(max(value, 1.0), float(BLOCK_ROWS))
         self._last = mean
         self._blocks += 1
 

@@ -54,7 +54,8 @@ class RecentRows:
         values = None if self._values is None else self._values.clone()
         return {"first": self._first, "end": self._end, "values": values, "outputs": self._outputs}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore what `state` gave."""
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what `state` gave, on the model's device."""
         self._first, self._end, self._outputs = int(state["first"]), int(state["end"]), int(state["outputs"])
-        self._values = None if state["values"] is None else torch.as_tensor(state["values"]).clone()
+        values = state["values"]
+        self._values = None if values is None else torch.as_tensor(values).to(device, copy=True)

@@ -85,11 +85,16 @@ def merged(count: int, frozen: Seen | None, other: Seen | None) -> tuple[Tensor,
     return outputs, features, p, by_other
 
 
-def in_common(frozen: Seen, other: Seen) -> F64:
-    """(n,) by how much nearer the other's features lie on the rows that both saw, in their order."""
+def falls(frozen: Seen, other: Seen) -> tuple[F64, F64]:
+    """(n,) by how much the other's class distance and entropy are less, on the rows that both saw, in their order."""
     _, mine, theirs = np.intersect1d(frozen.at, other.at, assume_unique=True, return_indices=True)
-    nearer: F64 = frozen.distance[mine] - other.distance[theirs]
-    return nearer
+    return frozen.distance[mine] - other.distance[theirs], _entropy(frozen.p[mine]) - _entropy(other.p[theirs])
+
+
+def _entropy(p_nK: F64) -> F64:
+    """(n,) in units of ln K."""
+    entropy: F64 = -(p_nK * np.log(np.maximum(p_nK, 1e-30))).sum(1) / math.log(max(2, p_nK.shape[1]))
+    return entropy
 
 
 class RunningMean:
@@ -109,12 +114,15 @@ class RunningMean:
     def update(self, values: F64) -> None:
         """Take in (n,) values; those that are not finite are left out."""
         values = values[np.isfinite(values)]
-        if not len(values):
-            return
-        share = max(len(values) / (self.rows + len(values)), -math.expm1(-len(values) / self._memory))
+        if len(values):
+            self.add(float(values.mean()), len(values))
+
+    def add(self, mean: float, rows: int) -> None:
+        """Take in so many rows with this mean."""
+        share = max(rows / (self.rows + rows), -math.expm1(-rows / self._memory))
         before = self.value if self.rows else 0.0
-        self.value = before + share * (float(values.mean()) - before)
-        self.rows = min(self.rows + len(values), 2.0 * self._memory)
+        self.value = before + share * (mean - before)
+        self.rows = min(self.rows + rows, 2.0 * self._memory)
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all that `update` changes."""

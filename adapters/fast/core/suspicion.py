@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from adapters.fast.core.class_distance import ClassDistance
 from adapters.fast.core.seen import F64, RunningMean
 
@@ -23,9 +25,12 @@ class Suspicion:
         self._slow = RunningMean(SLOW_LEVEL_ROWS)
 
     def update(self, distances: F64) -> None:
-        """Take in (n,) class distances."""
-        self.level.update(distances)
-        self._slow.update(distances)
+        """Take in (n,) class distances; those that are not finite are left out."""
+        distances = distances[np.isfinite(distances)]
+        if len(distances):
+            mean = float(distances.mean())
+            self.level.add(mean, len(distances))
+            self._slow.add(mean, len(distances))
 
     def _above(self, before: float, design_effect: float) -> bool:
         error = self._distance.spread * math.sqrt(design_effect / self.level.rows)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
+from daemon.records import F64
 
 LONGEST = 16
 """Rows after which a run counts, and another begins: a stream of one class is not one observation for ever."""
