@@ -38,7 +38,7 @@ from daemon.evaluation.store import code_version as product_version
 from daemon.settings import Settings
 from tests.benchmarks import auto_tables, fast_readme
 from tests.benchmarks.auto_cells import Cell, bundle_for, load_cell, long_cells, short_cells
-from tests.benchmarks.errors import code_version
+from tests.benchmarks.errors import code_version, told
 from tests.streams import models
 from tests.streams.auto import sources
 
@@ -63,7 +63,7 @@ def main() -> None:
         cells = [cell for cell in cells if any(part in cell.name for part in asked.only)]
     started = time.monotonic()
     results = run(cells, asked.jobs, asked.results, asked.methods)
-    text = auto_tables.report(results, " ".join(["python -m tests.benchmarks.auto", *sys.argv[1:]]))
+    text = auto_tables.report(results, " ".join(["python -m tests.benchmarks.auto", *told(sys.argv[1:])]))
     print(text)
     print(f"\n{time.monotonic() - started:.0f} s", file=sys.stderr)
     if asked.write:

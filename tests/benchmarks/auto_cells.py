@@ -5,8 +5,8 @@
 
 `long_cells` is the full product of what goes together. `short_cells` is a part of it, chosen so that every two levels
 that go together at all (a stream and a batch size, an order and a label level, ...) meet about equally often; it does
-not depend on any result. `ROLES` says on which streams the constants of ``auto`` are fixed, and on which it is only
-reported.
+not depend on any result. `ROLES`, a factor of that design, was the plan on which streams to fix the constants of
+``auto``; which streams were looked at is said by `tests.benchmarks.auto_tables.SEEN`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ ROLES: dict[str, Role] = {
     stream: "fixed" if stream == "cifar3" or stream.partition("_")[0] in _FIXED else "reported"
     for stream in (*STREAMS, *ATTACK_STREAMS)
 }
-"""By stream: whether the constants of ``auto`` were fixed on it, or it is only reported."""
+"""By stream: whether the constants of ``auto`` were to be fixed on it, or it was only to be reported."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
