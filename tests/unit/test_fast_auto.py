@@ -254,3 +254,11 @@ def test_rows_count_as_given_at_gain_0_too() -> None:
     other(x)
     assert auto.numbered == other.numbered == 64
     assert len(auto.changed_by) == 64 and not auto.changed_by.any()
+
+
+def test_numbers_that_do_not_belong_to_the_rows_are_refused() -> None:
+    auto = build("layer")
+    x, y = next(iid())
+    auto(x)
+    with pytest.raises(ValueError, match="64 rows with 3 numbers"):
+        auto.learn(x, y, [0, 1, 2])

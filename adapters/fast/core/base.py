@@ -133,6 +133,8 @@ class FastAdapter(ABC):
             raise ValueError(f"{self.name} does not learn from labels")
         if len(x) != len(y):
             raise ValueError(f"{len(x)} rows with {len(y)} labels")
+        if numbers is not None and len(numbers) != len(x):
+            raise ValueError(f"{len(x)} rows with {len(numbers)} numbers")
         usable = x.isfinite().flatten(1).all(1) & (y.isfinite() if y.is_floating_point() else y >= 0)
         if bool(usable.any()):
             with torch.inference_mode():

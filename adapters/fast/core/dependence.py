@@ -47,7 +47,7 @@ class RowDependence:
         return float((near - far) / max(own - far, 1e-9))
 
     def update(self, z_BD: F32, classes_B: F32) -> None:
-        """Take in the next rows and their predicted classes; how they are cut into calls does not matter."""
+        """Take in the next rows and their predicted classes; each call's pairs count alike, older ones fade."""
         z_BD = np.clip(np.nan_to_num(z_BD), -MOST, MOST)
         held = 0 if self._z is None else len(self._z)
         z = z_BD if self._z is None else np.concatenate([self._z, z_BD])
