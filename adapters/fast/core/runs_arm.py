@@ -42,6 +42,10 @@ class RunsArm:
         if features_BD is not None:
             z_BD = self._distance.residuals(features_BD, answers_B)
             self._dependence.update(z_BD.cpu().numpy().astype(np.float32), answers_B)
+        if self._dependence.value > MOST_DEPENDENT:
+            # Nothing that could be seen would be believed: a measured series need not pay for the search.
+            self._runs.restart()
+            return np.zeros_like(p_BK)
         return self._runs.update(p_BK)
 
     def believed(self, level: float) -> bool:
