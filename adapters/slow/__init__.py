@@ -19,20 +19,25 @@ from adapters.slow.fork import apply_delta, fork
 from adapters.slow.gate import Verdict, judge
 from adapters.slow.holdout import Holdout
 from adapters.slow.losses import Task
-from adapters.slow.registry import SlowMethod, get, names, register
+from adapters.slow.registry import SelectingMethod, SlowMethod, get, names, register
 from adapters.slow.replay import Replay
 from adapters.slow.rows import Rows
 from adapters.slow.snapshot import Snapshot
+from adapters.slow.trainee import Given, Group, Trainee
 
 __all__ = [
     "BurstOptions",
     "BurstResult",
+    "Given",
+    "Group",
     "Holdout",
     "Replay",
     "Rows",
+    "SelectingMethod",
     "SlowMethod",
     "Snapshot",
     "Task",
+    "Trainee",
     "Verdict",
     "apply_delta",
     "fork",

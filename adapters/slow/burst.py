@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters.slow import optimizers
-from adapters.slow.fork import fork
 from adapters.slow.losses import Task, check_task, row_losses
 from adapters.slow.registry import SlowMethod
 from adapters.slow.rows import Array
+from adapters.slow.trainee import Given, Trainee
 
 Reason = Literal["done", "stopped", "non-finite"]
 
@@ -25,6 +25,14 @@ PROBE_BATCHES = 4
 
 class Memory(Protocol):
     """What a burst draws its rows from: a ``Replay`` or a ``Snapshot`` of one."""
+
+    @property
+    def reference_x(self) -> Array:
+        """(r, *input_shape) reference exemplars; r may be 0."""
+
+    @property
+    def reference_y(self) -> Array:
+        """(r,) their labels."""
 
     def sample(self, rng: np.random.Generator, n: int, reference_share: float) -> tuple[Array, Array]:
         """Draw ``n`` rows: x (n, *input_shape) and y (n,)."""
@@ -77,29 +85,16 @@ class BurstResult:
     reason: Reason
 
 
-def private_copy(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Fork ``model`` with clones of ``parameters`` to train; the module and the clones.
-
-    It is in eval mode, so running statistics are used and not moved, and dropout is off.
-    """
-    moved = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
-    twin = fork(model, moved).eval()
-    for module in twin.modules():
-        if isinstance(module, nn.RNNBase):
-            # cuDNN refuses the backward pass of a recurrent layer in eval mode; without dropout both modes are equal.
-            module.dropout = 0.0
-            module.train()
-    return twin, moved
-
-
-def _set_gradients(loss: Tensor, leaves: list[nn.Parameter], clip_norm: float) -> bool:
+def _set_gradients(loss: Tensor, trainee: Trainee, clip_norm: float) -> bool:
     """Write the clipped gradient of ``loss``; False when it is not finite."""
+    leaves = trainee.parameters
     # Asking for these gradients only: .grad of the shared parameters belongs to the served model.
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     if all(gradient is None for gradient in gradients):
         raise ValueError("no parameter that may move takes part in the model's output; choose another slow method")
     for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient
+    trainee.scale_gradients()
     return bool(nn.utils.clip_grad_norm_(leaves, clip_norm).isfinite())
 
 
@@ -112,6 +107,7 @@ def run_burst(
     task: Task,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
+    frozen: nn.Module | None = None,
 ) -> BurstResult:
     """Train what ``method`` may move on rows of ``replay``; ``model`` is never changed.
 
@@ -127,6 +123,7 @@ def run_burst(
         task: cross-entropy for classification, squared error for regression.
         seed: of the order in which rows are drawn.
         stop: asked before each step; True ends the burst with what it has.
+        frozen: the model as it was packed, for methods that keep near it; None: ``model`` itself.
 
     Returns:
         BurstResult: reason ``done``; ``stopped`` with the values so far; ``non-finite`` (a loss, gradient or parameter
@@ -136,19 +133,20 @@ def run_burst(
         ValueError: nothing can move, the memory is empty, the optimiser is unknown, or outputs and labels do not fit.
     """
     check_task(task)
-    parameters = method.parameters(model)
     # The caller may sit in inference mode; a tensor made there could not be learnt from.
     with torch.inference_mode(False), torch.enable_grad():
-        twin, moved = private_copy(model, parameters)
-        leaves = list(moved.values())
-        optimizer, lr = optimizers.build(options.optimizer, leaves, lr=options.lr, weight_decay=options.weight_decay)
         rng = np.random.default_rng(seed)
+        trainee = method.begin(model, _given(model, frozen or model, replay, task, seed))
+        leaves = trainee.parameters
+        device = leaves[0].device
+        groups = [{"params": group.parameters, "rate": group.rate} for group in trainee.groups]
+        optimizer, lr = optimizers.build(options.optimizer, groups, lr=options.lr, weight_decay=options.weight_decay)
 
         def draw(batches: int) -> tuple[Array, Array]:
             return replay.sample(rng, batches * options.batch_size, options.reference_share)
 
         def mean_loss(x: Array, y: Array) -> Tensor:
-            return row_losses(twin(torch.from_numpy(x).to(leaves[0].device)), y, task).mean()
+            return row_losses(trainee.module(torch.from_numpy(x).to(device)), y, task).mean()
 
         probe = draw(PROBE_BATCHES)
         with torch.no_grad():
@@ -161,8 +159,11 @@ def run_burst(
                 reason = "stopped"
                 break
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - steps / options.steps)
-            if not _set_gradients(mean_loss(*draw(1)), leaves, options.clip_norm):
+                group["lr"] = lr * group["rate"] * (1 - steps / options.steps)
+            loss = mean_loss(*draw(1))
+            if trainee.penalty is not None:
+                loss = loss + trainee.penalty()
+            if not _set_gradients(loss, trainee, options.clip_norm):
                 reason = "non-finite"
                 break
             optimizer.step()
@@ -170,7 +171,23 @@ def run_burst(
         optimizers.set_mode(optimizer, train=False)
         with torch.no_grad():
             after = float(mean_loss(*probe))
-    if reason == "non-finite" or not (math.isfinite(after) and all(bool(leaf.isfinite().all()) for leaf in leaves)):
+            delta = trainee.values()
+    if reason == "non-finite" or not (
+        math.isfinite(after) and all(bool(new.isfinite().all()) for new in delta.values())
+    ):
         return BurstResult(delta={}, steps=steps, loss_before=before, loss_after=math.nan, reason="non-finite")
-    delta = {name: leaf.detach() for name, leaf in moved.items()}
     return BurstResult(delta=delta, steps=steps, loss_before=before, loss_after=after, reason=reason)
+
+
+def _given(model: nn.Module, frozen: nn.Module, replay: Memory, task: Task, seed: int) -> Given:
+    """What the method may know; what it draws does not change the order of the rows that are learnt from."""
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    own = np.random.default_rng([seed, 1])
+
+    def draw(rows: int) -> tuple[Tensor, Tensor]:
+        x, y = replay.sample(own, rows, 0.0)
+        return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+
+    reference = (torch.from_numpy(replay.reference_x).to(device), torch.from_numpy(replay.reference_y).to(device))
+    return Given(task=task, seed=seed, draw=draw, reference=reference, frozen=frozen)

@@ -41,13 +41,13 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def build(
-    name: str, parameters: Sequence[nn.Parameter], *, lr: float | None, weight_decay: float
+    name: str, parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], *, lr: float | None, weight_decay: float
 ) -> tuple[torch.optim.Optimizer, float]:
     """A fresh optimiser over ``parameters`` and the learning rate that it starts at.
 
     Args:
         name: sgd (momentum 0.9), adam, adamw, or a name of pytorch_optimizer.
-        parameters: what moves.
+        parameters: what moves, or groups of it as torch's optimisers take them.
         lr: learning rate; None takes the optimiser's own (1 for the learning-rate-free ones, 0.01 for sgd, 0.001
             for adam and adamw).
         weight_decay: as the optimiser defines it.

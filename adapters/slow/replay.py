@@ -79,6 +79,16 @@ class Replay:
         return len(self._reference.y)
 
     @property
+    def reference_x(self) -> Array:
+        """(r, *input_shape) protected reference exemplars."""
+        return self._reference.x
+
+    @property
+    def reference_y(self) -> Array:
+        """(r,) their labels."""
+        return self._reference.y
+
+    @property
     def bytes(self) -> int:
         """Host memory of the rows and the reference exemplars; taken at construction, it does not grow."""
         return sum(array.nbytes for rows in (self._rows, self._reference) for array in rows)

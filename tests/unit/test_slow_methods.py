@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 import adapters.slow as slow
 from adapters.slow import methods
-from adapters.slow.burst import private_copy
+from adapters.slow.trainee import private_copy
 
 
 def mlp() -> nn.Sequential:

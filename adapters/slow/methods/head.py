@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from adapters.slow.registry import SlowMethod, register
+from adapters.slow.registry import SelectingMethod, register
 from adapters.slow.select import last_linear
 
 
 @register("head")
-class Head(SlowMethod):
+class Head(SelectingMethod):
     """Moves the weight and bias of the last ``nn.Linear``: z = W h(x) + b, the features h stay.
 
     The right choice when the meaning of the labels moved (concept change, swapped or re-defined classes) and the

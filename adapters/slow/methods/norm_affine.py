@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from adapters.slow.registry import SlowMethod, register
+from adapters.slow.registry import SelectingMethod, register
 from adapters.slow.select import norm_affine
 
 
 @register("norm_affine")
-class NormAffine(SlowMethod):
+class NormAffine(SelectingMethod):
     """Moves scale a and shift b of every normalisation layer: a (h - mean) / std + b; mean and std stay as trained.
 
     The right choice when the inputs moved (ageing sensors, light) and the labels mean what they meant: about 1% of

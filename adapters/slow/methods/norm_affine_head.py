@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from adapters.slow.registry import SlowMethod, register
+from adapters.slow.registry import SelectingMethod, register
 from adapters.slow.select import last_linear, norm_affine
 
 
 @register("norm_affine_head")
-class NormAffineHead(SlowMethod):
+class NormAffineHead(SelectingMethod):
     """Moves what ``norm_affine`` and ``head`` move, as far as the model has it; the default.
 
     One configuration for input drift and concept change alike. It costs more labels than ``head`` where only the
