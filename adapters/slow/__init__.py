@@ -9,41 +9,65 @@
     held, query = holdout.rows(), holdout.look()
     verdict = slow.judge(model, candidate, held.x, held.y, x_ref, y_ref, task="classification", query=query)
 
-Nothing here starts a thread, reads a clock or knows the daemon. No function changes the model it is given.
+Nothing here starts a thread or knows the daemon, and no clock is read but the one that `run_burst` is given. No
+function changes the model it is given.
 """
 
 from __future__ import annotations
 
+from adapters.slow.bank import Bank, Entry
 from adapters.slow.burst import BurstOptions, BurstResult, run_burst
+from adapters.slow.encoding import decode, encode, merge, nbytes
+from adapters.slow.exact import ExactHead, ExactMethod
 from adapters.slow.fork import apply_delta, fork
-from adapters.slow.gate import Verdict, judge
+from adapters.slow.gate import Slice, Verdict, judge, judge_many
+from adapters.slow.gate_unlabelled import judge_unlabelled
 from adapters.slow.holdout import Holdout
 from adapters.slow.losses import Task
-from adapters.slow.registry import SelectingMethod, SlowMethod, get, names, register
+from adapters.slow.queries import choose, sketch
+from adapters.slow.registry import SelectingMethod, SlowMethod, get, keepings, names, register
 from adapters.slow.replay import Replay
 from adapters.slow.rows import Rows
+from adapters.slow.signature import Signature, distance, signature
 from adapters.slow.snapshot import Snapshot
 from adapters.slow.trainee import Given, Group, Trainee
 
 __all__ = [
+    "Bank",
     "BurstOptions",
     "BurstResult",
+    "Entry",
+    "ExactHead",
+    "ExactMethod",
     "Given",
     "Group",
     "Holdout",
     "Replay",
     "Rows",
     "SelectingMethod",
+    "Signature",
+    "Slice",
     "SlowMethod",
     "Snapshot",
     "Task",
     "Trainee",
     "Verdict",
     "apply_delta",
+    "choose",
+    "decode",
+    "distance",
+    "encode",
     "fork",
     "get",
     "judge",
+    "judge_many",
+    "judge_unlabelled",
+    "keepings",
+    "merge",
     "names",
+    "nbytes",
     "register",
     "run_burst",
+    "signature",
+    "sketch",
 ]

@@ -9,27 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.slow.inserted import Kind, kind_of
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+KEPT = ("torch.nn.utils", "adapters.slow")
+"""Packages whose hooks are part of a model's function."""
 
 
 def _foreign_hooks(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
     """Hooks that are no part of the model's function, as (table, key).
 
-    torch's own (pruning, weight and spectral norm) compute the weight and stay. The others watch the served traffic:
-    a copy that trains must not call them, and they may hold what can't be copied.
+    torch's own (pruning, weight and spectral norm) compute the weight, ours call what a delta inserted: they stay. The
+    others watch the served traffic: a copy that trains must not call them, and they may hold what can't be copied.
     """
     for module in model.modules():
         for table in (getattr(module, name) for name in HOOKS):
             for key, hook in list(table.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):
+                if not type(hook).__module__.startswith(KEPT):
                     yield table, key
 
 
 def fork(model: nn.Module, replaced: Mapping[str, nn.Parameter]) -> nn.Module:
     """A module of the same structure that shares every tensor but the ``replaced`` parameters.
 
-    Tied parameters stay tied. Training flags are copied and can be set without touching ``model``; hooks that do not
-    come from torch are left out.
+    Tied parameters stay tied. Training flags are copied and can be set without touching ``model``; hooks that come
+    neither from torch nor from a delta are left out.
 
     Args:
         model: the module to copy; not changed.
@@ -62,19 +66,28 @@ def fork(model: nn.Module, replaced: Mapping[str, nn.Parameter]) -> nn.Module:
 def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
     """A new module with the values of ``delta`` in place of its own; all other tensors are shared with ``model``.
 
+    A reserved name that the model doesn't have (`adapters.slow.inserted`) inserts a module.
+
     Args:
         model: the module that the delta was made from; not changed.
         delta: new values (not differences) by parameter name; copied to the parameter's device and type.
 
     Raises:
-        ValueError: a name is not the model's, or a shape differs.
+        ValueError: a name is neither the model's nor reserved, or a shape differs.
     """
     known = dict(model.named_parameters(remove_duplicate=False))
-    replaced = {}
+    replaced: dict[str, nn.Parameter] = {}
+    added: dict[Kind, dict[str, Tensor]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, value in delta.items():
             old = known.get(name)
+            if old is None and (kind := kind_of(name)) is not None:
+                added.setdefault(kind, {})[name] = value
+                continue
             like = value if old is None else old
             new = value.detach().to(device=like.device, dtype=like.dtype, copy=True)
             replaced[name] = nn.Parameter(new, requires_grad=old is not None and old.requires_grad)
-    return fork(model, replaced)
+        twin = fork(model, replaced)
+        for kind, values in added.items():
+            kind.attach(twin, model, values)
+    return twin

@@ -20,6 +20,10 @@ NORMS: tuple[type[nn.Module], ...] = (
 )
 
 
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight is (out, in, *kernel)."""
+
+
 def parameters_of(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's floating-point parameters under their full names; quantised ones can't be learnt."""
     named = module.named_parameters(prefix=prefix)
@@ -39,3 +43,14 @@ def last_linear(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weight and bias of the model's head, the ``nn.Linear`` defined last; empty when there is none."""
     head = find_head(model)
     return {} if head is None else parameters_of(head, model.get_submodule(head))
+
+
+def everything(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All floating-point parameters, each once."""
+    return parameters_of("", model)
+
+
+def hidden_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and convolution layers but the head, in the order of definition."""
+    head = find_head(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS) and name != head}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +17,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 import adapters.slow as slow
-from adapters.slow.intervals import binomial_tail, paired_errors, paired_losses, proportion_low, student_t_quantile
+from adapters.slow.gate import judge_many, look_level
+from adapters.slow.gate_blocks import Blocks, correlation_rows, cut, label_rows
+from adapters.slow.gate_slices import groups, judge_slices
+from adapters.slow.intervals import block_interval, fewest_blocks, winsorised
+from daemon import checkpoint
+from daemon.inspecting import digest
 
 torch.set_num_threads(1)
 N = 96
 X = np.arange(N, dtype=np.float32)[:, None]
 Y = np.arange(N) % 2
+ORDER = np.random.default_rng(7).permutation(N)
+"""Errors fall on rows in this order: runs of them would be hardly more evidence than one."""
 
 
 class Answers(nn.Module):
@@ -35,9 +46,9 @@ class Answers(nn.Module):
 
 
 def classifier(wrong: int, *, first: int = 0, confidence: float = 2.0) -> Answers:
-    """Errs on ``wrong`` rows from row ``first`` on."""
+    """Errs on ``wrong`` rows of ``ORDER`` from the ``first`` on."""
     right = np.ones(N, bool)
-    right[first : first + wrong] = False
+    right[ORDER[first : first + wrong]] = False
     said = np.where(right, Y, 1 - Y)
     return Answers(np.where(np.arange(2) == said[:, None], confidence, 0.0))
 
@@ -81,14 +92,190 @@ def test_with_equal_errors_the_surer_model_wins_by_log_loss() -> None:
 def test_the_reference_exemplars_may_lose_no_more_than_the_margin(
     loss: int, margin: float | None, promote: bool
 ) -> None:
-    # The served model errs on rows 0 to 39, the candidate on the last three, which are reference rows.
-    served, candidate = classifier(40), classifier(loss, first=N - loss)
+    # The served model errs on new rows only, the candidate on reference rows only.
+    new, known = np.sort(ORDER[:46]), ORDER[46:]
+    served, candidate = classifier(30), classifier(loss, first=N - loss)
     verdict = slow.judge(
-        served, candidate, X[:46], Y[:46], X[46:], Y[46:], task="classification", reference_margin=margin
+        served, candidate, X[new], Y[new], X[known], Y[known], task="classification", reference_margin=margin
     )
     assert verdict.reference_loss == pytest.approx(loss / 50)
     assert verdict.promote == promote
     assert verdict.reason == ("better" if promote else "worse on reference")
+
+
+def test_the_verdict_holds_plain_values_only() -> None:
+    verdict = slow.judge(classifier(30), classifier(10), X, Y, X, Y, task="classification", segment=Y)
+    plain = asdict(verdict)
+    assert plain["slices"][0]["kind"] in ("class", "segment")
+    assert digest(checkpoint.decode(checkpoint.encode(plain))) == digest(plain)
+    assert json.loads(json.dumps(plain))["gain"] == plain["gain"]
+    assert verdict.level == pytest.approx(0.05 * 6 / math.pi**2)
+    assert verdict.blocks == 24
+
+
+def test_errors_in_one_run_prove_nothing() -> None:
+    right = np.ones(N, bool)
+    right[20:50] = False
+    said = np.where(right, Y, 1 - Y)
+    served = Answers(np.where(np.arange(2) == said[:, None], 2.0, 0.0))
+    verdict = judge(served, classifier(0))
+    assert (verdict.promote, verdict.reason, verdict.gain) == (False, "too few rows", 30 / N)
+    assert math.isnan(verdict.gain_low)
+
+
+@pytest.mark.parametrize(("shares", "promote"), [(None, False), ([0.5, 0.5], False), ([0.995, 0.005], True)])
+def test_one_class_alone_proves_something_only_where_the_stream_is_known_to_be_like_that(
+    shares: list[float] | None, promote: bool
+) -> None:
+    y = np.zeros(N, np.int64)
+    table = np.where(np.arange(2) == y[:, None], 2.0, 0.0)
+    broken = table.copy()
+    broken[ORDER[:30]] = broken[ORDER[:30], ::-1]
+    models = Answers(broken), Answers(table)
+    verdict = slow.judge(*models, X, y, None, None, task="classification", class_shares=shares)
+    assert verdict.promote == promote
+    assert verdict.reason == ("better" if promote else "too few rows")
+
+
+def test_a_longer_memory_of_the_stream_can_ask_for_longer_blocks() -> None:
+    assert judge(classifier(30), classifier(10), least_block_rows=12.0).blocks == 8
+    assert judge(classifier(30), classifier(10), least_block_rows=14.0).reason == "too few rows"
+
+
+def by_class(wrong: list[float], rng: np.random.Generator, y: NDArray[np.int64]) -> Answers:
+    """Errs on a share of each class's rows."""
+    said = np.where(rng.random(len(y)) < np.asarray(wrong)[y], (y + 1) % len(wrong), y)
+    return Answers(np.where(np.arange(len(wrong)) == said[:, None], 2.0, 0.0))
+
+
+def test_a_class_is_not_given_up_for_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 800)
+    x = np.arange(800, dtype=np.float32)[:, None]
+    served = by_class([0.4, 0.4, 0.4, 0.05], rng, y)
+    candidate = by_class([0.1, 0.1, 0.1, 0.35], rng, y)
+    verdict = slow.judge(served, candidate, x, y, None, None, task="classification")
+    assert verdict.gain_low > 0
+    assert (verdict.promote, verdict.reason, verdict.worst_class) == (False, "worse on a slice", 3)
+    assert (verdict.slices[0].kind, verdict.slices[0].value, verdict.slices[0].worse) == ("class", 3, True)
+    assert verdict.slices[0].gain_high < 0
+
+
+def test_a_segment_is_not_given_up_for_the_mean() -> None:
+    rng = np.random.default_rng(1)
+    y, segment = rng.integers(0, 4, 800), rng.integers(0, 4, 800)
+    x = np.arange(800, dtype=np.float32)[:, None]
+    served, candidate = by_class([0.4] * 4, rng, y), by_class([0.1] * 4, rng, y)
+    good = served.table[segment == 2].clone()
+    served.table[segment == 2] = candidate.table[segment == 2]
+    candidate.table[segment == 2] = good
+    verdict = slow.judge(served, candidate, x, y, None, None, task="classification", segment=segment)
+    assert verdict.gain_low > 0 and verdict.reason == "worse on a slice"
+    assert (verdict.slices[0].kind, verdict.slices[0].value) == ("segment", 2)
+
+
+@pytest.mark.parametrize(("margin", "reason"), [(0.02, "worse on a slice"), (None, "better")])
+def test_a_class_that_new_rows_lack_is_protected_by_its_reference_rows(margin: float | None, reason: str) -> None:
+    rng = np.random.default_rng(2)
+    y = rng.integers(0, 3, 400)
+    known = np.arange(200) % 4
+    x = np.arange(600, dtype=np.float32)[:, None]
+    labels = np.concatenate([y, known])
+    served, candidate = by_class([0.4, 0.4, 0.4, 0.0], rng, labels), by_class([0.1, 0.1, 0.1, 0.3], rng, labels)
+    verdict = slow.judge(served, candidate, x[:400], y, x[400:], known, task="classification", reference_margin=margin)
+    assert verdict.reference_loss < 0
+    assert verdict.reason == reason
+
+
+def test_a_candidate_that_is_worse_nowhere_is_seldom_rejected_for_a_slice() -> None:
+    rng = np.random.default_rng(3)
+    rejected = 0
+    for _ in range(100):
+        y = rng.integers(0, 4, 400)
+        drops = (rng.random(400) < 0.2) * 1.0 - (rng.random(400) < 0.2)
+        slices = judge_slices(cut([drops]), drops, groups(y), groups(y // 2), {}, level=0.05, margin=None, scale=1.0)
+        assert len(slices) == 6
+        rejected += any(part.worse for part in slices)
+    assert rejected <= 12
+
+
+def test_three_unlucky_rows_are_not_yet_a_lost_class_but_a_few_more_are() -> None:
+    def lost(rows: int) -> bool:
+        drops = np.concatenate([np.zeros(90), -np.ones(rows)])
+        y = np.concatenate([np.zeros(90, np.int64), np.ones(rows, np.int64)])
+        slices = judge_slices(cut([drops]), drops, groups(y), {}, {}, level=0.05, margin=0.3, scale=1.0)
+        return {part.value: part.worse for part in slices}[1]
+
+    assert not lost(3)
+    assert lost(5)
+
+
+class Linear(nn.Module):
+    """Scores are linear in the inputs: their features are the inputs."""
+
+    def __init__(self, weight: NDArray[np.float64]) -> None:
+        super().__init__()
+        self.head = nn.Linear(weight.shape[1], len(weight), bias=False)
+        self.head.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+
+def four_classes(rows: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 4, rows)
+    return (4 * np.eye(4)[y] + rng.normal(size=(rows, 4))).astype(np.float32), y
+
+
+def test_auto_leaves_out_the_classes_that_new_labels_contradict_and_protects_the_others() -> None:
+    x_ref, y_ref = four_classes(200, 0)
+    x, y = four_classes(400, 1)
+    swapped = np.array([1, 0, 2, 3])[y]
+    served, swap = Linear(np.eye(4)), Linear(np.eye(4)[[1, 0, 2, 3]])
+    forgetful = Linear(np.stack([np.eye(4)[1], np.eye(4)[0], np.eye(4)[2], np.eye(4)[3] * 0.3]))
+
+    def verdict(candidate: nn.Module, labels: NDArray[np.int64], margin: Any) -> slow.Verdict:
+        return slow.judge(served, candidate, x, labels, x_ref, y_ref, task="classification", reference_margin=margin)
+
+    assert verdict(swap, swapped, 0.02).reason in ("worse on reference", "worse on a slice")
+    good = verdict(swap, swapped, "auto")
+    assert (good.promote, good.contradicted) == (True, [0, 1])
+    assert verdict(forgetful, swapped, "auto").reason == "worse on a slice"
+    assert verdict(served, y, "auto").contradicted == []
+
+
+def test_inputs_that_moved_do_not_contradict_the_reference() -> None:
+    x_ref, y_ref = four_classes(200, 0)
+    x, y = four_classes(400, 1)
+    moved = x + np.float32(12) * np.eye(4, dtype=np.float32)[0]
+    served = Linear(np.eye(4))
+    verdict = slow.judge(served, served, moved, y, x_ref, y_ref, task="classification", reference_margin="auto")
+    assert verdict.contradicted == []
+
+
+def test_several_candidates_share_the_level_of_their_queries() -> None:
+    served = classifier(30)
+    candidates = [classifier(28), classifier(5), classifier(30)]
+    verdicts = judge_many(served, candidates, X, Y, None, None, task="classification", query=2)
+    assert [verdict.promote for verdict in verdicts] == [False, True, False]
+    joint = 0.05 * 6 / math.pi**2 * (1 / 4 + 1 / 9 + 1 / 16)
+    assert sum(verdict.level for verdict in verdicts) == pytest.approx(joint)
+    assert judge_many(served, [], X, Y, None, None, task="classification") == []
+    stale = judge_many(served, candidates, X, Y, None, None, task="classification", query=7, max_queries=8)
+    assert {verdict.reason for verdict in stale} == {"stale"}
+
+
+def test_one_of_several_candidates_that_is_broken_does_not_spoil_the_others() -> None:
+    broken = classifier(0)
+    broken.table[3] = math.inf
+    verdicts = judge_many(classifier(30), [broken, classifier(5)], X, Y, None, None, task="classification")
+    assert [verdict.reason for verdict in verdicts] == ["non-finite", "better"]
+
+
+def test_all_looks_together_have_the_level_asked_for() -> None:
+    assert 0.049 < sum(look_level(0.05, query) for query in range(1, 200)) < 0.05
+    assert look_level(0.05, 1, 3) * 3 == pytest.approx(sum(look_level(0.05, query) for query in (1, 2, 3)))
 
 
 def test_the_worst_class_is_reported() -> None:
@@ -175,6 +362,12 @@ def test_the_reference_loss_of_a_regressor_is_a_share_of_the_targets_variance() 
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"query": 0}, "query 0"),
         ({"min_rows": 1}, "min_rows 1"),
+        ({"slice_level": 0.0}, "slice_level is 0.0"),
+        ({"least_block_rows": 0.5}, "least_block_rows 0.5"),
+        ({"segment": Y[:-1]}, "one per new row"),
+        ({"class_shares": [1.0]}, r"must be \(2,\) shares"),
+        ({"class_shares": [1.0, -1.0]}, r"must be \(2,\) shares"),
+        ({"task": "regression", "reference_margin": "auto"}, "give a number or None"),
         ({"y_new": Y[:-1]}, "96 rows of x have 95 labels"),
         ({"y_new": Y + 5}, "labels run from 5 to 6"),
         ({"task": "regression"}, "one output per row"),
@@ -191,48 +384,71 @@ def test_a_classifier_must_give_one_row_of_logits() -> None:
         judge(Answers(np.zeros(N)), classifier(1))
 
 
-@given(better=st.integers(0, 40), worse=st.integers(0, 40), level=st.sampled_from([0.05, 0.01, 0.001]))
-def test_the_lower_bound_is_above_zero_exactly_when_mcnemars_test_rejects(
-    better: int, worse: int, level: float
-) -> None:
-    differ = better + worse
-    p_value = sum(math.comb(differ, k) for k in range(better, differ + 1)) / 2**differ
-    interval = paired_errors(better, worse, 100, level)
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=10), st.sampled_from([0.05, 0.0304, 0.01]))
+def test_the_lower_bound_is_above_zero_exactly_when_flipping_signs_rejects(sums: list[int], level: float) -> None:
+    values = np.array(sums, np.float64)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(sums))))
+    p_value = float(np.mean(signs @ values >= values.sum()))
+    interval = block_interval(values, np.full(len(sums), 4.0), level)
     assert (interval.low > 0) == (p_value <= level)
-    assert interval.low <= interval.estimate <= interval.high
-    mirrored = paired_errors(worse, better, 100, level)
-    assert mirrored.low == pytest.approx(-interval.high)
+    assert math.isnan(interval.low) == (len(sums) < fewest_blocks(level))
+    mirrored = block_interval(-values, np.full(len(sums), 4.0), level)
+    assert mirrored.estimate == -interval.estimate
+    if not math.isnan(interval.low):
+        assert interval.low <= interval.estimate <= interval.high
+        assert mirrored.low == pytest.approx(-interval.high)
 
 
-def test_the_binomial_tail_is_exact_and_survives_thousands_of_trials() -> None:
-    assert binomial_tail(3, 5, 0.5) == pytest.approx(0.5)
-    assert binomial_tail(0, 5, 0.5) == 1.0
-    assert binomial_tail(2, 2, 0.1) == pytest.approx(0.01)
-    assert binomial_tail(2_500, 5_000, 0.5) == pytest.approx(0.5 + math.comb(5_000, 2_500) / 2**5_001)
+@pytest.mark.parametrize("blocks", [7, 12, 24])
+def test_the_bounds_are_missed_as_often_as_their_level_says_for_few_blocks_too(blocks: int) -> None:
+    rng = np.random.default_rng(blocks)
+    sizes = np.full(blocks, 1.0)
+    missed = np.mean([block_interval(rng.normal(size=blocks), sizes, 0.05).low > 0 for _ in range(600)])
+    assert 0.02 < missed < 0.08
 
 
-def test_the_clopper_pearson_bound_solves_its_equation() -> None:
-    assert proportion_low(0, 7, 0.05) == 0.0
-    assert proportion_low(5, 5, 0.05) == pytest.approx(0.05 ** (1 / 5))
-    assert binomial_tail(60, 90, proportion_low(60, 90, 0.01)) == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize(
-    ("p", "freedom", "expected"),
-    [(0.95, 31, 1.695519), (0.975, 31, 2.039513), (0.99, 40, 2.423257), (0.9995, 31, 3.633456), (0.95, 95, 1.661052)],
-)
-def test_students_quantile_agrees_with_the_tables(p: float, freedom: int, expected: float) -> None:
-    assert student_t_quantile(p, freedom) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_t_interval_is_missed_about_as_often_as_its_level_says() -> None:
+def test_correlation_times_are_found() -> None:
     rng = np.random.default_rng(0)
-    missed = np.mean([paired_losses(rng.normal(size=64), 0.05).low > 0 for _ in range(2_000)])
-    assert 0.02 < missed < 0.06
+    noise = rng.normal(size=4_000)
+    slow_values = np.convolve(noise, np.ones(20), "valid")
+    assert correlation_rows(noise) < 1.5
+    assert 14 < correlation_rows(slow_values) < 28
+    assert correlation_rows(np.ones(50)) == 1.0
+    assert correlation_rows(np.linspace(0, 1, 100)) == 100.0
+
+
+def test_runs_of_labels_make_rows_count_less_only_beyond_what_chance_makes() -> None:
+    even = np.full(2, 0.5)
+    rng = np.random.default_rng(0)
+    assert label_rows(rng.integers(0, 2, 2_000), even) < 4
+    assert label_rows(rng.integers(0, 8, 2_000), np.full(8, 0.125)) < 2
+    assert label_rows(np.repeat(np.arange(40) % 2, 20), even) == pytest.approx(19, rel=0.2)
+    assert label_rows((rng.random(2_000) < 0.02).astype(np.int64), np.array([0.98, 0.02])) < 2_000 / 24
+    assert label_rows(np.zeros(200, np.int64), even) > 100
+    noisy = np.where(np.arange(200) % 20 == 7, 1, 0)
+    assert label_rows(noisy, even) > 100
+    assert label_rows(np.zeros(200, np.int64), np.array([1.0, 0.0])) == 1.0
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.floats(1.0, 400.0))
+def test_blocks_hold_every_row_once(values: list[float], least: float) -> None:
+    drops = np.array(values)
+    blocks = cut([drops], least)
+    assert blocks.number == 0 or 7 <= blocks.number <= 24
+    if blocks.number:
+        sums, sizes = blocks.sums(np.ones(len(drops)))
+        assert sizes.sum() == len(drops) and (sums == sizes).all()
+        assert sizes.min() >= min(math.floor(least), sizes.max() - 1)
+
+
+def test_blocks_without_a_row_of_a_slice_are_left_out() -> None:
+    blocks = Blocks(np.arange(0, 70, 10), 70)
+    sums, sizes = blocks.sums(np.ones(70), np.arange(70) < 25)
+    assert sizes.tolist() == sums.tolist() == [10, 10, 5]
 
 
 def test_few_large_gains_are_capped_and_few_large_losses_are_not() -> None:
     drops = np.full(100, 0.01)
     drops[0] = 1_000.0
-    assert paired_losses(drops, 0.05).estimate == pytest.approx(0.01, rel=0.2)
-    assert paired_losses(-drops, 0.05).estimate == pytest.approx(-10.0, rel=0.01)
+    assert winsorised(drops).mean() == pytest.approx(0.01, rel=0.2)
+    assert winsorised(-drops).mean() == pytest.approx(-10.0, rel=0.01)

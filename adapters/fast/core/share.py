@@ -23,7 +23,8 @@ def share(model: nn.Module) -> nn.Module:
     """Copy the module's structure, in eval mode, over the same tensor storage; tied tensors stay tied.
 
     Parameters of the copy need no gradient, so that autograd starts at the first adapted layer and never writes
-    ``.grad`` of the given model. Hooks are left behind: they belong to whoever registered them.
+    ``.grad`` of the given model. Hooks are left behind: they belong to whoever registered them. Those of
+    `adapters.slow` are part of what a version computes, and stay.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -34,6 +35,8 @@ def share(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):  # a plain attribute, for example a weight computed from its parametrisation
                 memo[id(value)] = value.detach()
-        for hooks in _HOOKS:
-            memo[id(getattr(module, hooks))] = OrderedDict()
+        for name in _HOOKS:
+            table = getattr(module, name)
+            ours = {key: hook for key, hook in table.items() if type(hook).__module__.startswith("adapters.slow")}
+            memo[id(table)] = OrderedDict(ours)
     return copy.deepcopy(model, memo).eval()
