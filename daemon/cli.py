@@ -1,4 +1,4 @@
-"""The command line: ``homeostat run | check | pack | inspect | broker | simulate | detect | evaluate``.
+"""The command line: ``homeostat run | check | pack | inspect | broker | simulate | detect | evaluate | versions``.
 
 Nothing heavy is imported before a command needs it: help, and a wrong setting, answer at once.
 """
@@ -15,6 +15,7 @@ import daemon
 from daemon.errors import HomeostatError, SettingsError
 from daemon.evaluation import command as evaluate_command
 from daemon.recorded import command as detect_command
+from daemon.versioning import command as versions_command
 
 EXIT_CODES = """\
 exit codes:
@@ -121,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     inspect = commands.add_parser(
-        "inspect", help="show what a bundle or a checkpoint holds", description="Show a bundle or a checkpoint."
+        "inspect", help="show what a bundle, a checkpoint or a folder of versions holds", description="Show it."
     )
-    inspect.add_argument("path", type=Path, help="bundle folder, checkpoint file, or folder of checkpoints")
+    inspect.add_argument("path", type=Path, help="bundle, checkpoint file, folder of checkpoints, STATE_DIR/versions")
     inspect.add_argument("--json", action="store_true", help="as JSON, with a digest of every part of the state")
 
     broker = commands.add_parser(
@@ -141,13 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     simulate.add_argument("--to", required=True, metavar="URL", help="kafka://host:port/topic, file://path or -")
     simulate.add_argument("--labels-to", default="", metavar="URL", help="where the late labels go")
-    simulate.add_argument("--records", type=_positive, default=20_000, metavar="N", help="rows to write (20000)")
+    simulate.add_argument("--records", type=_positive, default=20_000, metavar="N", help="rows (20000)")
     simulate.add_argument("--rate", type=float, default=0.0, metavar="R", help="rows per second; 0: at full speed")
     simulate.add_argument("--bundle", type=Path, metavar="FOLDER", help="also pack the simulator's own model there")
     simulate.add_argument("--seed", type=int, default=7, metavar="N", help="seed of the array (7)")
 
     detect_command.add(commands)
     evaluate_command.add(commands)
+    versions_command.add(commands)
     return parser
 
 
@@ -194,14 +196,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _leave_if_learning(code: int) -> None:
-    """End the process now if the learner's thread still runs: all that has to be kept is on disk.
+    """End the process now if a thread of the learner still runs: all that has to be kept is on disk.
 
     Nothing can stop an import of torch's compiler half way, and an interpreter that shuts down under it aborts.
     """
     import os
     import threading
 
-    if any(thread.name.startswith("learner") for thread in threading.enumerate()):
+    if any(thread.name.startswith(("learner", "versions")) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -291,6 +293,7 @@ _COMMANDS = {
     "simulate": _simulate,
     "detect": detect_command.run,
     "evaluate": evaluate_command.run,
+    "versions": versions_command.run,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`homeostat inspect`: what a bundle or a checkpoint holds, in words or as JSON with a digest of every part."""
+"""`homeostat inspect`: what a bundle, a checkpoint or a folder of versions holds, in words or as JSON with digests."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ import numpy as np
 from daemon import checkpoint
 from daemon.bundle import read_manifest
 from daemon.errors import BundleError, CheckpointError
+from daemon.versioning import files, journal
+from daemon.versioning.overview import in_words, overview
 
 LONGEST_SHOWN = 2_000
 """Characters of one value: what a detector learnt of features is longer, and no reading for people."""
+CLOCKED = {"seconds", "made_at"}
+"""Entries that no two runs share: what the wall clock measured."""
 
 
 def inspect(path: Path, *, as_json: bool = False) -> int:
     """Print it; returns 0.
 
     Raises:
-        HomeostatError: when ``path`` is neither, or damaged.
+        HomeostatError: when ``path`` is none of them, or damaged.
     """
+    if path.is_dir() and (journal.is_journal(path) or files.files(path)):
+        found = overview(path)
+        print(json.dumps(found, indent=1) if as_json else in_words(found, everything=True))
+        return 0
     if (path / "manifest.json").is_file():
         content: dict[str, Any] = {"bundle": str(path), **asdict(read_manifest(path))}
         try:
@@ -35,7 +43,7 @@ def inspect(path: Path, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(content, indent=1, default=str))
     else:
-        _print(content, 0)
+        print_tree(content)
     return 0
 
 
@@ -43,7 +51,7 @@ def _snapshot(path: Path) -> checkpoint.Snapshot:
     if path.is_dir():
         files = sorted(path.glob("checkpoint-*.bin"))
         if not files:
-            raise CheckpointError(f"{path}: neither a bundle nor a folder of checkpoints")
+            raise CheckpointError(f"{path}: neither a bundle nor a folder of checkpoints or versions")
         path = files[-1]
     return checkpoint.read(path)
 
@@ -61,7 +69,11 @@ def describe(snapshot: checkpoint.Snapshot) -> dict[str, Any]:
         "state": state["regulator"]["state"],
         "gain": resident["gain"],
         "version": resident["current"]["number"],
-        "versions": [{"number": item["number"], **item["record"]} for item in [*resident["ring"], resident["current"]]],
+        "held": resident.get("held", False),
+        "versions": [
+            {"number": item["number"], "pinned": item["number"] in resident.get("pinned", ()), **item["record"]}
+            for item in [*resident["ring"], resident["current"]]
+        ],
         "tally": state["tally"],
         "digests": {name: digest(part) for name, part in state.items()},
     }
@@ -70,7 +82,7 @@ def describe(snapshot: checkpoint.Snapshot) -> dict[str, Any]:
 def digest(value: Any) -> str:
     """SHA-256 over a state tree, arrays and tensors by their bytes: equal digests are equal states, to the bit.
 
-    Entries named ``seconds`` are left out: what the wall clock measured is equal in no two runs.
+    What the wall clock measured (`CLOCKED`) is left out: it is equal in no two runs.
     """
     result = hashlib.sha256()
     _feed(value, result)
@@ -79,7 +91,7 @@ def digest(value: Any) -> str:
 
 def _feed(value: Any, result: Any) -> None:
     if isinstance(value, dict):
-        for name in sorted(value.keys() - {"seconds"}):
+        for name in sorted(value.keys() - CLOCKED):
             result.update(name.encode() + b"\0")
             _feed(value[name], result)
     elif isinstance(value, (list, tuple)):
@@ -97,12 +109,13 @@ def _feed(value: Any, result: Any) -> None:
         result.update(repr(value).encode() + b"\1")
 
 
-def _print(value: Any, depth: int) -> None:
+def print_tree(value: Any, depth: int = 0) -> None:
+    """Print nested plain values, one a line."""
     indent = "  " * depth
     for name, item in value.items():
         if isinstance(item, dict) and item:
             print(f"{indent}{name}:")
-            _print(item, depth + 1)
+            print_tree(item, depth + 1)
         elif isinstance(item, list) and item and isinstance(item[0], dict):
             print(f"{indent}{name}:")
             for entry in item:

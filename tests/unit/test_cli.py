@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,15 +48,35 @@ FLAGS = {
         "--state",
     },
     "simulate": {"--to", "--labels-to", "--records", "--rate", "--seed", "--bundle"},
+    "versions": {"--state"},
+}
+VERSIONS_FLAGS = {
+    "list": {"--all", "--json"},
+    "show": {"--json"},
+    "export": set(),
+    "merge": {"--weights", "--out"},
+    "pin": {"--wait"},
+    "unpin": {"--wait"},
+    "import": {"--wait"},
+    "rollback": {"--hold", "--resume", "--wait"},
 }
 
 
+def flags(parser: Any, dest: str) -> dict[str, set[str]]:
+    commands = next(action for action in parser._actions if action.dest == dest).choices
+    return {
+        name: {flag for action in command._actions for flag in action.option_strings} - {"-h", "--help"}
+        for name, command in commands.items()
+    }
+
+
 def test_the_commands_and_their_flags_are_these() -> None:
+    assert flags(_parser(), "command") == FLAGS and set(FLAGS) == set(_COMMANDS)
+
+
+def test_the_actions_on_versions_and_their_flags_are_these() -> None:
     commands = next(action for action in _parser()._actions if action.dest == "command").choices
-    assert commands is not None and set(commands) == set(FLAGS) == set(_COMMANDS)
-    for name, parser in commands.items():  # type: ignore[union-attr]
-        found = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
-        assert found == FLAGS[name]
+    assert flags(commands["versions"], "action") == VERSIONS_FLAGS  # type: ignore[call-overload, index]
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -67,7 +88,10 @@ def test_help_lists_every_variable_with_its_help(command: str, capsys: pytest.Ca
     assert [v.name for v in variables() if f"  {v.name}" not in text or v.help not in text] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run"], ["check"], ["pack", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["run"], ["check"], ["pack", "--help"], ["versions", "--help"], ["versions"]],
+)
 def test_help_and_a_wrong_setting_answer_without_torch_or_kafka(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom daemon.cli import main\n"
