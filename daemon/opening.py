@@ -6,12 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from daemon.bundle import Bundle, open_bundle
 from daemon.errors import SettingsError
+from daemon.queries import Ask
 from daemon.settings import Settings
 from daemon.streams import open_labels, open_sink, open_source
 from daemon.streams.base import LabelSource, Sink, Source
 from daemon.streams.codecs import Codec
+
+log = structlog.get_logger("homeostat")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Streams:
     labels: LabelSource | None
     dead_letters: str = "null:"
     """Where unanswerable records go, for the log."""
+    ask: Ask | None = None
+    """Takes the questions for labels; None: nobody is asked."""
 
 
 def is_simulated(settings: Settings) -> bool:
@@ -89,9 +96,32 @@ def open_streams(settings: Settings, decoder: Codec) -> Streams:
     Raises:
         HomeostatError: naming the variable that is wrong.
     """
-    labels, dead = open_label_stream(settings), dead_letters_url(settings)
-    sink = open_sink(settings.sink, dead_letters_url=dead, kafka=settings.kafka)
-    return Streams(open_source(settings.source, decoder, kafka=settings.kafka), sink, labels, dead)
+    labels, dead, queries = open_label_stream(settings), dead_letters_url(settings), settings.label_queries
+    if queries:
+        _check_queries(settings)
+    sink = open_sink(settings.sink, dead_letters_url=dead, queries_url=queries, kafka=settings.kafka)
+    source = open_source(settings.source, decoder, kafka=settings.kafka)
+    return Streams(source, sink, labels, dead, sink.send_queries if queries else None)
+
+
+def _check_queries(settings: Settings) -> None:
+    """Refuse questions that would be read as records or labels, or whose labels would always be late."""
+    for name, url in (("SOURCE", settings.source), ("LABELS", settings.labels)):
+        if url.rstrip("/") == settings.label_queries.rstrip("/"):
+            problem = f"HOMEOSTAT_{name} is the same; give the questions a place of their own"
+            raise SettingsError([f"HOMEOSTAT_LABEL_QUERIES={url}: {problem}"])
+    window = settings.label_budget.window_rows
+    if window >= settings.label_window:
+        problem = (
+            f"labels may come for the newest {settings.label_window} records only (HOMEOSTAT_LABEL_WINDOW), so that "
+            "the label asked for would be late; choose among fewer records, or keep more"
+        )
+        raise SettingsError([f"HOMEOSTAT_LABEL_BUDGET__WINDOW_ROWS={window}: {problem}"])
+    if not settings.labels and not is_simulated(settings):
+        log.warning(
+            "labels are asked for, and there is no stream on which they could come: set HOMEOSTAT_LABELS",
+            label_queries=settings.label_queries,
+        )
 
 
 def checkpoint_folder(settings: Settings) -> Path | None:

@@ -1,4 +1,4 @@
-"""Records in, answers and dead letters out, late labels in: chosen by URL.
+"""Records in, answers, dead letters and questions out, late labels in: chosen by URL.
 
 What a scheme needs is imported when a URL asks for it, so that a file needs no Kafka client. What these functions give
 is made but not opened: a wrong URL is found at once, and nothing is touched before ``open``.
@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from daemon.errors import StreamError
-from daemon.streams.base import LabelSource, NullSink, Sink, Source, SplitSink
+from daemon.streams.base import AskingSink, LabelSource, NullSink, Sink, Source, SplitSink
 
 if TYPE_CHECKING:
     from daemon.settings import KafkaClient
     from daemon.streams.codec_base import Codec
 
-__all__ = ["LabelSource", "NullSink", "Sink", "Source", "SplitSink", "open_labels", "open_sink", "open_source"]
+__all__ = [
+    "AskingSink",
+    "LabelSource",
+    "NullSink",
+    "Sink",
+    "Source",
+    "SplitSink",
+    "open_labels",
+    "open_sink",
+    "open_source",
+]
 
 _SOURCES = {
     "file": "daemon.streams.files:FileSource",
@@ -69,29 +80,60 @@ def open_sink(
     url: str,
     *,
     dead_letters_url: str,
+    queries_url: str = "",
     variable: str = "HOMEOSTAT_SINK",
     dead_letters_variable: str = "HOMEOSTAT_DEAD_LETTERS",
+    queries_variable: str = "HOMEOSTAT_LABEL_QUERIES",
     kafka: KafkaClient | None = None,
-) -> Sink:
-    """One sink for answers, at ``url``, and for dead letters: each file:, - (standard output), kafka:// or null:.
+) -> AskingSink:
+    """One sink for answers, dead letters and questions: each file:, - (standard output), kafka:// or null:.
+
+    What goes to one Kafka goes through one producer.
+
+    Args:
+        url: where the answers go.
+        dead_letters_url: where records go that can't be answered.
+        queries_url: where questions for labels go; empty: nobody is asked.
+        variable: the setting that holds ``url``, for the messages.
+        dead_letters_variable: the same for ``dead_letters_url``.
+        queries_variable: the same for ``queries_url``.
+        kafka: settings of the Kafka clients; needed for kafka:// alone.
 
     Raises:
-        StreamError: a URL can't be used, or both name one file.
+        StreamError: a URL can't be used, or two of them name one file or topic.
     """
-    answers = _scheme(url, variable, _SINKS)
-    dead = _scheme(dead_letters_url, dead_letters_variable, _SINKS)
-    if answers == dead == "kafka":
-        # One producer for both.
-        both: Sink = _load(_SINKS["kafka"])(url, kafka, dead_letters_url=dead_letters_url, variable=variable)
-        return both
-    first = _sink(answers, url, kafka, variable=variable)
-    if dead == "kafka":
-        return SplitSink(first, _sink(dead, "", kafka, dead_letters_url=dead_letters_url))
-    second = _sink(dead, dead_letters_url, kafka, variable=dead_letters_variable)
-    if answers == dead == "file" and first.path == second.path:
-        problem = f"{variable} names the same file; answers and dead letters each need their own"
-        raise StreamError(f"{dead_letters_variable}={dead_letters_url}: {problem}")
-    return SplitSink(first, second)
+    given = [(variable, url), (dead_letters_variable, dead_letters_url)]
+    given += [(queries_variable, queries_url)] if queries_url else []
+    schemes = [_scheme(each, name, _SINKS) for name, each in given]
+    brokers = {urlsplit(each).netloc for (_, each), scheme in zip(given, schemes, strict=True) if scheme == "kafka"}
+    producers = {
+        broker: _load(_SINKS["kafka"])(
+            url if _is_at(broker, url) else "",
+            kafka,
+            dead_letters_url=dead_letters_url if _is_at(broker, dead_letters_url) else "",
+            queries_url=queries_url if _is_at(broker, queries_url) else "",
+            variable=variable,
+        )
+        for broker in brokers
+    }
+    sinks = [
+        producers[urlsplit(each).netloc] if scheme == "kafka" else _sink(scheme, each, name)
+        for (name, each), scheme in zip(given, schemes, strict=True)
+    ]
+    places: dict[str, str] = {}
+    for (name, each), scheme, sink in zip(given, schemes, sinks, strict=True):
+        place = each.rstrip("/") if scheme == "kafka" else getattr(sink, "path", "")
+        if place in places and (scheme == "file" or name == queries_variable):
+            kind = "topic" if scheme == "kafka" else "file"
+            problem = f"{places[place]} names the same {kind}; answers, dead letters and questions each need their own"
+            raise StreamError(f"{name}={each}: {problem}")
+        if place:
+            places[place] = name
+    return sinks[0] if len(set(map(id, sinks))) == 1 else SplitSink(*sinks)
+
+
+def _is_at(broker: str, url: str) -> bool:
+    return url.startswith("kafka:") and urlsplit(url).netloc == broker
 
 
 def open_labels(url: str, *, variable: str = "HOMEOSTAT_LABELS", kafka: KafkaClient | None = None) -> LabelSource:
@@ -106,11 +148,9 @@ def open_labels(url: str, *, variable: str = "HOMEOSTAT_LABELS", kafka: KafkaCli
     return labels
 
 
-def _sink(scheme: str, url: str, kafka: KafkaClient | None, **options: str) -> Any:
+def _sink(scheme: str, url: str, variable: str) -> Any:
     kind = _load(_SINKS[scheme])
-    if scheme == "null":
-        return kind()
-    return kind(url, kafka, **options) if scheme == "kafka" else kind(url, **options)
+    return kind() if scheme == "null" else kind(url, variable=variable)
 
 
 def _scheme(url: str, variable: str, openers: dict[str, str]) -> str:

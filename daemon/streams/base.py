@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -96,6 +97,17 @@ class Sink(Protocol):
         """Give back what is held, without waiting for deliveries; closing twice is allowed."""
 
 
+class AskingSink(Sink, Protocol):
+    """A sink that also takes the questions for labels."""
+
+    def send_queries(self, keys: list[bytes | None], values: list[bytes]) -> None:
+        """Take questions; row ``i`` is ``keys[i]``, ``values[i]``. They are durable only after ``flush``.
+
+        Raises:
+            DeliveryError: the sink can't take them.
+        """
+
+
 @runtime_checkable
 class PatientSink(Sink, Protocol):
     """A sink that waits, rather than fails, while what takes its answers is away."""
@@ -141,6 +153,9 @@ class NullSink:
     def send_dead(self, letter: DeadLetter) -> None:
         """Discard a dead letter."""
 
+    def send_queries(self, keys: list[bytes | None], values: list[bytes]) -> None:
+        """Discard questions."""
+
     def flush(self, timeout_s: float) -> None:
         """Nothing is held back."""
 
@@ -149,21 +164,30 @@ class NullSink:
 
 
 class SplitSink:
-    """Answers to one sink, dead letters to another; durable when both are."""
+    """Answers, dead letters and questions, each to a sink that may be another's too; durable when all are.
 
-    def __init__(self, answers: Sink, dead_letters: Sink) -> None:
+    Args:
+        answers: takes what is sent.
+        dead_letters: takes what is sent dead.
+        queries: takes the questions, with ``send_queries``; None: nobody is asked.
+    """
+
+    def __init__(self, answers: Sink, dead_letters: Sink, queries: AskingSink | None = None) -> None:
         self._answers = answers
         self._dead_letters = dead_letters
-        self.sinks = (answers, dead_letters)
+        self._queries = queries
+        given = [sink for sink in (answers, dead_letters, queries) if sink is not None]
+        self.sinks = tuple(sink for at, sink in enumerate(given) if all(sink is not earlier for earlier in given[:at]))
+        """Each of them once."""
 
     def open(self) -> None:
-        """Open both.
+        """Open them all.
 
         Raises:
             StreamError: one of them can't be written to.
         """
-        self._answers.open()
-        self._dead_letters.open()
+        for sink in self.sinks:
+            sink.open()
 
     def send(self, keys: list[bytes | None], values: list[bytes]) -> None:
         """Take answers."""
@@ -173,19 +197,23 @@ class SplitSink:
         """Take a dead letter."""
         self._dead_letters.send_dead(letter)
 
+    def send_queries(self, keys: list[bytes | None], values: list[bytes]) -> None:
+        """Take questions."""
+        if self._queries is not None:
+            self._queries.send_queries(keys, values)
+
     def flush(self, timeout_s: float) -> None:
-        """Return when both sinks are durable; ``timeout_s`` is for the two together.
+        """Return when all sinks are durable; ``timeout_s`` is for them together.
 
         Raises:
             DeliveryError: one of them is not.
         """
         deadline = time.monotonic() + timeout_s
-        self._dead_letters.flush(timeout_s)
-        self._answers.flush(max(deadline - time.monotonic(), 0.0))
+        for sink in reversed(self.sinks):
+            sink.flush(max(deadline - time.monotonic(), 0.0))
 
     def close(self) -> None:
-        """Close both."""
-        try:
-            self._answers.close()
-        finally:
-            self._dead_letters.close()
+        """Close them all, whatever one of them says."""
+        with contextlib.ExitStack() as all_of_them:
+            for sink in reversed(self.sinks):
+                all_of_them.callback(sink.close)

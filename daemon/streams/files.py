@@ -228,6 +228,9 @@ class FileSink:
         if values:
             self._write(b"\n".join(values) + b"\n")
 
+    send_queries = send
+    """Questions are lines as answers are."""
+
     def send_dead(self, letter: DeadLetter) -> None:
         """Append a dead letter as a line: partition, offset, reason, detail, and key and value in base64.
 

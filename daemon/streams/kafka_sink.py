@@ -1,4 +1,4 @@
-"""Kafka as a sink: answers on one topic, dead letters on another, through one idempotent producer."""
+"""Kafka as a sink: answers, dead letters and questions, a topic each, through one idempotent producer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,24 @@ _FOREVER_MS = 2**31 - 1
 
 
 class KafkaSink:
-    """Writes answers and dead letters; `flush` returns when every one is acknowledged by all in-sync replicas.
+    """Writes answers, dead letters and questions; `flush` returns when all are acknowledged by all in-sync replicas.
 
     While the broker is away the producer keeps trying for ever and its buffer (32 MB) is the bound: then `send` waits,
     calling ``waiting`` meanwhile, so that the process stays alive and can be stopped.
     """
 
     def __init__(
-        self, url: str, settings: KafkaClient, *, dead_letters_url: str = "", variable: str = "HOMEOSTAT_SINK"
+        self,
+        url: str,
+        settings: KafkaClient,
+        *,
+        dead_letters_url: str = "",
+        queries_url: str = "",
+        variable: str = "HOMEOSTAT_SINK",
     ) -> None:
         self._address = Address.parse(url, variable) if url else None
         self._dead = Address.parse(dead_letters_url, "HOMEOSTAT_DEAD_LETTERS") if dead_letters_url else None
+        self._queries = Address.parse(queries_url, "HOMEOSTAT_LABEL_QUERIES") if queries_url else None
         self._settings = settings
         self._producer: Any = None
         self._pending: list[Any] = []
@@ -44,9 +51,9 @@ class KafkaSink:
         Raises:
             StreamError: when the broker can't be reached or refuses a topic.
         """
-        address = self._address or self._dead
+        address = self._address or self._dead or self._queries
         if address is None:
-            raise ValueError("a Kafka sink needs a topic for answers or for dead letters")
+            raise ValueError("a Kafka sink needs a topic for answers, for dead letters or for questions")
         self._create_missing(address)
         compression = self._settings.compression
         self._producer = connect(
@@ -68,7 +75,7 @@ class KafkaSink:
         Raises:
             StreamError: when it can't be reached.
         """
-        address = self._address or self._dead
+        address = self._address or self._dead or self._queries
         if address is not None:
             connect(KafkaAdminClient, address, self._settings).close()
 
@@ -76,7 +83,7 @@ class KafkaSink:
         admin = connect(KafkaAdminClient, address, self._settings)
         try:
             known = set(admin.list_topics())
-            for wanted in (self._address, self._dead):
+            for wanted in (self._address, self._dead, self._queries):
                 if wanted is not None and wanted.topic not in known:
                     try:
                         admin.create_topics([NewTopic(wanted.topic)])
@@ -114,6 +121,13 @@ class KafkaSink:
         # A value of None would be a tombstone and is refused without a key: the reason in the headers tells them apart.
         value = b"" if letter.value is None else letter.value
         self._pending.append(self._send_when_possible(self._dead.topic, value, letter.key, headers))
+
+    def send_queries(self, keys: list[bytes | None], values: list[bytes]) -> None:
+        """Send questions; they are not durable before `flush`."""
+        if self._queries is not None:
+            topic = self._queries.topic
+            pairs = zip(keys, values, strict=True)
+            self._pending += [self._send_when_possible(topic, value, key, None) for key, value in pairs]
 
     def _send_when_possible(self, topic: str, value: bytes, key: bytes | None, headers: Any) -> Any:
         while True:
