@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import structlog
@@ -15,6 +15,8 @@ from daemon.resident import Resident
 from daemon.shift_kind import ShiftKind
 from daemon.tally import Tally
 from daemon.telemetry import Telemetry
+from daemon.versioning.durable import now
+from daemon.versioning.keeper import NoKeeper
 from daemon.watch import REPORTED
 
 log = structlog.get_logger("homeostat.regulator")
@@ -49,6 +51,10 @@ class Actions:
         """The guard's reason, for the next reading."""
         self.version_harm = False
         """The promoted version must go: it is shown to be worse than the frozen model, or not finite."""
+        self.keeper = NoKeeper()
+        """Told of every burst's end and every withdrawal."""
+        self._given_up = False
+        """A burst was wanted by the regulator and taken away by an operator; it is to hear of that."""
         self.trusted = self.decides
         """Whether the fast adaptation is served; else it runs in shadow."""
 
@@ -59,32 +65,72 @@ class Actions:
 
     def learn(self) -> Event:
         """Start or finish a burst; a promoted candidate is served from the next batch on."""
-        if self.learner.wanted and not self.monitor.trust.labels_come():
-            self.learner.cancel()
-            self._telemetry.bursts["cancelled"].inc()
-            log.info("burst without a version", result="cancelled", reason="no labels to learn from")
+        if self._given_up and not self.learner.busy:
+            self._given_up = False
             return "rejected"
-        outcome = self.learner.step(self.resident.version_model, self.resident.current.number)
+        held = self.resident.versions.held
+        labelled = self.monitor.trust.labels_come()
+        if self.learner.wanted and (held or not (labelled or self.learner.settings.pseudo_labels)):
+            self.learner.cancel()
+            self._ended("cancelled", {"reason": "an operator holds the version" if held else "no labels to learn from"})
+            return "rejected"
+        if held or not self.learner.settings.enabled:
+            return "idle"
+        error = self.monitor.errors["served"].value if labelled else float("nan")
+        outcome = self.learner.step(self.resident.version_model, self.resident.current.number, error)
         if outcome is None:
             return "busy" if self.learner.busy else "idle"
-        self._telemetry.bursts[outcome.result].inc()
+        self._given_up = False
         self._telemetry.slow_seconds.observe(outcome.seconds)
         record = {**outcome.record, "reason": outcome.reason, "seconds": round(outcome.seconds, 3)}
-        if outcome.result == "promoted":
-            version = self.resident.promote(outcome.delta, record)
-            self.monitor.forget_version()
-            self._tally.versions = version.number
-            log.info("version promoted", version=version.number, **record)
-            return "promoted"
-        log.info("burst without a version", result=outcome.result, **record)
-        return "failed" if outcome.result == "failed" else "rejected"
+        if outcome.result != "promoted":
+            self._ended(outcome.result, record)
+            return "rejected" if outcome.result in ("rejected", "declined", "cancelled") else "failed"
+        trigger = self.resident.versions.trigger
+        first = self.resident.current.number == 0
+        told = {**record, "trigger": trigger, "made_at": now()}
+        version = self.resident.promote(outcome.delta, told, over_frozen=outcome.over_frozen)
+        if self.decides:
+            fast_error = self.monitor.errors["adapted"].value
+            self.resident.beside.promoted(first=first, version_error=outcome.error, fast_error=fast_error)
+        self.learner.keep(version.delta, outcome)
+        self.monitor.forget_version()
+        self._tally.versions += 1
+        self._telemetry.bursts["promoted"].inc()
+        log.info("version promoted", version=version.number, **record)
+        self.keeper.decided("promoted", version.record, version=version.number)
+        return "promoted"
+
+    def _ended(self, result: str, record: dict[str, Any]) -> None:
+        """A burst without a version."""
+        self._telemetry.bursts[result].inc()
+        log.info("burst without a version", result=result, **record)
+        self.keeper.decided(result, {**record, "trigger": self.resident.versions.trigger})
+
+    def rollback(self, number: int) -> None:
+        """Serve version ``number`` from the next batch on, because an operator asks for it.
+
+        Raises:
+            VersionError: it is not kept; nothing changes.
+        """
+        before = self.resident.current.number
+        self.resident.rollback(number)
+        self._given_up = self.learner.busy
+        self.learner.cancel()
+        self.version_harm = False
+        self.monitor.forget_version()
+        self.monitor.rebaseline(self._limits.settle_rows)
+        log.info("version rolled back", version=number, before=before)
 
     def answered(self, predicted: Predicted) -> None:
         """Count what answered the rows of a batch; log when most of them are answered in another way than before."""
         rows, by = len(predicted.version), predicted.changed_by
-        if by is None or not predicted.served_adapted:
+        if predicted.way is not None and predicted.way != "fast":
+            self._telemetry.answered[predicted.way].inc(rows)
+            ways: tuple[str, ...] = (predicted.way,)
+        elif by is None or not predicted.served_adapted:
             self._telemetry.answered["adapted" if predicted.served_adapted else "model"].inc(rows)
-            ways: tuple[str, ...] = ()
+            ways = ()
         else:
             names = self.resident.deciding.ways if self.resident.deciding is not None else ()
             last = np.bincount(np.frexp(by.astype(np.float64))[1], minlength=len(names) + 1)
@@ -129,8 +175,10 @@ class Actions:
             self.version_harm = False
             trip = "version_harm"
             removed = self.resident.current.number
-            self.resident.rollback()
+            self.resident.versions.withdraw(trip)
+            self.resident.rollback(self.resident.versions.parent())
             self.monitor.forget_version()
+            self.keeper.decided("withdrawn", {"reason": trip}, version=removed)
             log.error("version withdrawn: worse than the frozen model", version=removed)
         if trip is not None:
             self._count_trip(trip)
@@ -145,11 +193,12 @@ class Actions:
         self._report_alarms(reading)
         if decision.cancel_slow:
             self.learner.cancel()
-        if decision.reset_fast:
+        if decision.reset_fast and not (self.decides and reading.learner == "promoted"):
             self.resident.reset_fast()
             self.monitor.forget_fast()
         self.resident.set_gain(decision.gain)
         if decision.ask_slow:
+            self.resident.versions.trigger = self._trigger(decision, reading, source)
             self.learner.ask()
         if decision.rebaseline:
             self.monitor.rebaseline(self._limits.settle_rows)
@@ -175,6 +224,17 @@ class Actions:
             self.trusted = self._trusted(decision.state)
             return decision.state is not State.FALLBACK
         return decision.adapt
+
+    def _trigger(self, decision: Decision, reading: Reading, source: str) -> dict[str, Any]:
+        """Why the slow loop is asked: a part of the record of what it makes."""
+        watch = self.monitor.watch
+        return {
+            "reasons": list(decision.reasons),
+            "detectors": list(watch.alarms),
+            "shift": watch.shift.kind.value,
+            "value": round(reading.value, 3),
+            "signal": source,
+        }
 
     def _report_alarms(self, reading: Reading) -> None:
         watch = self.monitor.watch

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -22,6 +22,7 @@ from daemon.learner import Learner
 from daemon.loop import Loop
 from daemon.monitor import Monitor
 from daemon.opening import Streams, checkpoint_folder, is_simulated, load_bundle, open_streams
+from daemon.queries import Queries
 from daemon.regulator import Regulator
 from daemon.resident import Resident
 from daemon.settings import Settings
@@ -30,6 +31,7 @@ from daemon.streams.base import LabelSource, Sink, Source
 from daemon.streams.codecs import Codec, codec
 from daemon.tally import Tally
 from daemon.telemetry import Telemetry
+from daemon.versioning.keeper import Keeper, NoKeeper
 
 __all__ = ["Worker", "assemble", "build", "checkpoint_folder", "is_simulated", "load_bundle", "warm_up"]
 
@@ -48,6 +50,8 @@ class Worker:
     loop: Loop
     telemetry: Telemetry
     config_hash: str
+    keeper: NoKeeper = field(default_factory=NoKeeper)
+    """Of the versions on disk."""
 
     def state_dict(self) -> dict[str, Any]:
         """All state that a checkpoint holds."""
@@ -60,6 +64,7 @@ class Worker:
             "join": None if loop.join is None else loop.join.state_dict(),
             "learner": loop.actions.learner.state_dict(),
             "tally": loop.tally.state_dict(),
+            "queries": None if loop.queries is None else loop.queries.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,6 +78,8 @@ class Worker:
             loop.join.load_state_dict(state["join"])
         loop.actions.learner.load_state_dict(state["learner"])
         loop.tally.load_state_dict(state["tally"])
+        if loop.queries is not None:
+            loop.queries.load_state_dict(state.get("queries"))
         loop.actions.resume(loop.regulator.state)
 
 
@@ -83,7 +90,9 @@ def _config_hash(settings: Settings, bundle: Bundle) -> str:
         "fast": settings.fast.model_dump(mode="json"),
         "slots": settings.slots,
         "detect": [settings.detect.name, settings.detect.features],
-        "slow": settings.slow.model_dump(mode="json", include={"name", "memory_rows", "holdout_rows"}),
+        "slow": settings.slow.model_dump(
+            mode="json", include={"name", "memory_rows", "holdout_rows", "exact", "exact_rows", "regimes"}
+        ),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -101,7 +110,19 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
     torch.set_num_threads(settings.threads)
     check_detectors(settings)
     labelled = bool(settings.labels) or is_simulated(settings)
-    return build(settings, load_bundle(settings, progress), lambda decoder: open_streams(settings, decoder), labelled)
+    bundle = load_bundle(settings, progress)
+    worker = build(settings, bundle, lambda decoder: open_streams(settings, decoder), labelled)
+    if checkpoint_folder(settings) is not None or not is_simulated(settings):
+        loop = worker.loop
+        worker.keeper = Keeper(
+            settings.state_dir / "versions",
+            loop.resident,
+            bundle=bundle.hash,
+            position=lambda: (loop.tally.records, loop.positions),
+            failed=worker.telemetry.version_failures.inc,
+        )
+        loop.actions.keeper = worker.keeper
+    return worker
 
 
 def build(
@@ -131,7 +152,7 @@ def build(
     except (ValueError, RuntimeError) as error:
         raise _advice("HOMEOSTAT_DEVICE", settings.device, error) from None
     reference = bundle.reference.to(device)
-    watched = settings.detect.features is not None
+    watched = settings.detect.features is not None or bool(settings.label_queries)
     meter = Meter(task, reference, keep_probabilities=settings.probabilities, keep_features=watched)
     try:
         resident = Resident(
@@ -169,14 +190,23 @@ def build(
     has_labels = labelled or settings.codec != "raw"
     classes = manifest.outputs if task == "classification" else None
     try:
-        learner = Learner(settings.slow, reference, task=task, classes=classes, input_shape=shape)
+        learner = Learner(
+            settings.slow,
+            reference,
+            model=resident.frozen,
+            task=task,
+            classes=classes,
+            input_shape=shape,
+            source_error=bundle.calibration["bands"]["error"]["mean"],
+            head=manifest.head,
+        )
         problem = learner.check(resident.frozen) if settings.slow.enabled else None
     except (ValueError, KeyError) as error:
         raise _advice("HOMEOSTAT_SLOW", settings.slow.name, error) from None
     if problem:
         raise SettingsError([f"HOMEOSTAT_SLOW={settings.slow.name}: {problem}"])
     limits = settings.regulator
-    if not settings.slow.enabled or not has_labels:
+    if not settings.slow.enabled or not (has_labels or settings.slow.pseudo_labels):
         limits = _without_slow(limits)
     regulator = Regulator(limits)
     watch = monitor.watch
@@ -184,6 +214,9 @@ def build(
     tally = Tally(outputs=classes or 0)
     decoder = codec(settings.codec, shape)
     opened = streams(decoder)
+    queries = None
+    if opened.ask is not None:
+        queries = Queries(opened.ask, settings.label_budget, task=task, counters=telemetry.queries)
     loop = loop_type(
         task=task,
         codec=decoder,
@@ -199,6 +232,7 @@ def build(
         live_times=settings.source.startswith("kafka:"),
         probabilities=settings.probabilities,
         slots_by_key=settings.slots == "key",
+        queries=queries,
     )
     telemetry.build.info(
         {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import resource
 
+import numpy as np
 import torch
+
+from daemon.records import F32
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,3 +31,9 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def upload(x: F32, device: torch.device) -> torch.Tensor:
+    """``x`` on the model's device; to a GPU without waiting for the copy."""
+    host = torch.from_numpy(np.ascontiguousarray(x))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

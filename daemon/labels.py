@@ -12,11 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from daemon.records import F32, Labels
 
 UNKNOWN = np.float32(np.nan)
-FACTS = ("served", "adapted", "version", "frozen", "weight", "epoch", "number", "by_fast", "confidence", "place")
+FACTS = (
+    "served",
+    "adapted",
+    "version",
+    "frozen",
+    "weight",
+    "epoch",
+    "number",
+    "by_fast",
+    "confidence",
+    "place",
+    "both",
+)
 """What is remembered of a row besides its input, in the order of `Joined`."""
 PLACES = 2**24
 """Whole numbers that a float32 holds."""
@@ -48,9 +61,23 @@ class Joined:
     """As it was emitted; 0 for a regression."""
     place: F32
     """Number of the row in the deciding adapter's state that predicted it, modulo `PLACES`; NaN for none."""
+    both: F32
+    """Prediction of a deciding adapter and the version together, NaN where only one of them ran."""
 
     def __len__(self) -> int:
         return len(self.y)
+
+
+def numbers_of(places: F32, same: NDArray[np.bool_], now: int) -> NDArray[np.int64]:
+    """Numbers (n,) of rows in a deciding adapter's state of which ``now`` is the next; -1 for none of it.
+
+    Args:
+        places: (n,) the numbers modulo `PLACES`, NaN for none.
+        same: (n,) whether the row was predicted in the present state.
+        now: number of the next row.
+    """
+    back = (now - np.nan_to_num(places).astype(np.int64)) % PLACES
+    return np.where(same & np.isfinite(places), now - back, -1)
 
 
 class LabelJoin:
@@ -105,6 +132,10 @@ class LabelJoin:
         if self._early:
             self._met += [name for name in ids if name in self._early]
         self._next = first + count
+
+    def waits(self, name: str) -> bool:
+        """Whether a row of that id is still without its label, and in the window."""
+        return name in self._rows
 
     def wants_more(self) -> bool:
         """Whether labels that are due may still be unread: nothing is held that lies ahead of the stream."""

@@ -15,9 +15,11 @@ import structlog
 from numpy.typing import NDArray
 
 from daemon.actions import Actions
+from daemon.device import memory_bytes
 from daemon.labels import FACTS, PLACES, Joined, LabelJoin
 from daemon.monitor import Monitor
 from daemon.predicted import Predicted
+from daemon.queries import Queries
 from daemon.records import Batch, Labels, Positions, RawBatch, slots_of
 from daemon.regulator import Reading, Regulator
 from daemon.resident import Resident
@@ -59,6 +61,8 @@ class Loop:
     """Next offset per partition: everything before it is answered (durably only after a flush)."""
     emit_from: Positions = field(default_factory=dict)
     """Offsets from which on records are answered; earlier ones were answered before a restart."""
+    queries: Queries | None = None
+    """Asks for the labels that are worth most; None: nobody is asked."""
 
     def __post_init__(self) -> None:
         # One that decides by itself is given every row, from the first on.
@@ -71,11 +75,17 @@ class Loop:
         clean = not batch.invalid
         x = batch.x if clean else batch.x[batch.valid]
         predicted = self._predict(x, self._slots(raw, batch, clean)) if len(x) else None
+        answered = dict(self.emit_from) if self.queries is not None else {}
         self._answer(raw, batch, predicted, clean)
         self.positions.update(raw.next_positions())
         if predicted is not None:
             self._remember(batch, predicted, x, clean)
+            self.actions.learner.seen(x)
         self._learn(len(x))
+        if self.queries is not None and predicted is not None:
+            # After the labels: what is known by now is not asked for.
+            waits = self.join.waits if self.join is not None and self.labels is not None else None
+            self.queries.take(raw, batch, predicted.rows, x, answered=answered, waits=waits)
         self._count(raw, batch, predicted, time.monotonic() - started)
 
     def _slots(self, raw: RawBatch, batch: Batch, clean: bool) -> NDArray[np.int64] | None:
@@ -92,11 +102,11 @@ class Loop:
         trip = self.monitor.observe(predicted)
         if trip and predicted.served_adapted:
             # The batch at hand is answered by the model below, not by the one that just tripped.
-            predicted.served_adapted = False
+            predicted.served_adapted, predicted.way = False, None
             predicted.rows = self.resident.measure_version(x)
             predicted.version = predicted.rows.prediction
         self.actions.answered(predicted)
-        if not predicted.rows.finite() and self.resident.current.number:
+        if (predicted.version_broken or not predicted.rows.finite()) and self.resident.current.number:
             self.actions.version_harm = True
             predicted.rows, predicted.number = self.resident.measure_frozen(x), 0
         return predicted
@@ -167,6 +177,7 @@ class Loop:
         facts[:, 7] = predicted.served_adapted if by is None or not predicted.served_adapted else by > 0
         facts[:, 8] = predicted.rows.confidence
         facts[:, 9] = np.nan if predicted.first is None else (predicted.first + np.arange(len(ids))) % PLACES
+        facts[:, 10] = np.nan if predicted.both is None else predicted.both
         self.join.predicted(ids, x, facts, float(times.max()))
         if inline:
             self.join.offer(Labels([name for name, _ in inline], [y for _, y in inline], [-np.inf] * len(inline)))
@@ -206,7 +217,11 @@ class Loop:
         usable = None if joined is None else self.tally.usable(joined)
         if usable is None:
             return
-        self.monitor.labelled(usable, self.resident.epoch, self.resident.current.number, fast=self.actions.trusted)
+        number = self.resident.current.number
+        losses = self.monitor.labelled(usable, self.resident.epoch, number, fast=self.actions.trusted)
+        if self.actions.decides and number:
+            both = self.monitor.loss(usable.both, usable.y)
+            self.resident.beside.weigh(losses["adapted"], losses["version"], both)
         self.tally.score(self.monitor, usable)
         self.resident.learn(usable.x, usable.y, usable.place, usable.epoch)
         self.actions.learner.add(usable)
@@ -270,5 +285,5 @@ class Loop:
             late=0 if self.join is None else self.join.late,
             rejected=self.tally.labels_rejected + (0 if self.labels is None else sum(self.labels.rejected.values())),
         )
-        telemetry.device_memory.set(self.resident.memory_bytes())
+        telemetry.device_memory.set(memory_bytes(self.resident.device))
         telemetry.enter(self.regulator.state)

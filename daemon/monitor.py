@@ -1,7 +1,8 @@
 """From measured rows to one reading: signal levels against their bands, calibrated detectors, the guards' evidence.
 
-Two guards, one for each layer: *served against version* watches the fast adaptation, *version against frozen* the slow
-one. A layer that is shown to be worse than the one below it is taken away.
+Two guards, one for each layer: *adapted against version* watches the fast adaptation (one that decides by itself stands
+on the frozen model and is compared with that), *version against frozen* the slow one. A layer that is shown to be worse
+than the one below it is taken away.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Monitor:
             self.fast_guard.proxy(np.clip(predicted.proxy / (4 * self._bands["feature_shift"]["scale"]), -1.0, 1.0))
         return self.fast_guard.verdict()
 
-    def loss(self, prediction: F32, y: np.ndarray) -> np.ndarray:
+    def loss(self, prediction: F32, y: np.ndarray) -> F64:
         """Per-row loss: 0/1 error, or squared error over the reference variance; NaN where ``prediction`` is."""
         if self.task == "classification":
             wrong = (prediction != y).astype(np.float64)
@@ -108,8 +109,8 @@ class Monitor:
             wrong = (prediction.astype(np.float64) - y) ** 2 / self._loss_scale
         return np.where(np.isfinite(prediction), wrong, np.nan)
 
-    def labelled(self, joined: Joined, epoch: int, number: int, *, fast: bool) -> None:
-        """Take in newly labelled rows.
+    def labelled(self, joined: Joined, epoch: int, number: int, *, fast: bool) -> dict[str, F64]:
+        """Take in newly labelled rows; returns the losses (n,) of what was served and of each layer.
 
         Evidence counts for the function that made the prediction: rows from before the last reset or promotion say
         nothing about what serves now.
@@ -132,7 +133,7 @@ class Monitor:
         self.errors["adapted"].update(losses["adapted"][now])
         self.errors["version"].update(losses["version"][same_version])
         self.errors["frozen"].update(losses["frozen"])
-        harm = losses["adapted"] - losses["version"]
+        harm = losses["adapted"] - losses["frozen" if self.decides else "version"]
         known = now & np.isfinite(harm)
         if known.any():
             self.fast_guard.paired(harm[known].clip(-1.0, 1.0))
@@ -142,6 +143,7 @@ class Monitor:
         if number and known.any():
             # A version is judged by all classes: one run of the class that it is bad at must not end it.
             self.slow_guard.paired(self._slow_runs.means(joined.y[known], harm[known].clip(-1.0, 1.0)))
+        return losses
 
     def _surprise(self, joined: Joined, wrong: F64) -> F64:
         """(n,) Brier score of the emitted answer, (confidence - right)^2, or the loss of a regression."""
@@ -231,10 +233,11 @@ class Monitor:
                 self.levels[name].reset()
 
     def forget_version(self) -> None:
-        """The version changed, and with it everything above."""
-        self.forget_fast()
+        """The version changed, and with it everything above; an adapter that decides by itself stands beside it."""
+        if not self.decides:
+            self.forget_fast()
+            self.trust.forget_failures()
         self.forget_served()
-        self.trust.forget_failures()
         self.slow_guard.reset()
         self._slow_runs.reset()
         self.errors["version"].reset()

@@ -1,25 +1,18 @@
-"""What is known of one batch after its prediction, and of one version of the weights."""
+"""What is known of one batch after its prediction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from daemon.records import F32
 from daemon.signals import Rows
 
-
-@dataclass(slots=True)
-class Version:
-    """A promoted set of weights: what changed against the frozen model, and why it was kept."""
-
-    number: int
-    delta: dict[str, Tensor] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+Way = Literal["fast", "version", "both"]
+"""Who answers where a deciding adapter and a version stand beside each other."""
 
 
 @dataclass(slots=True)
@@ -46,6 +39,12 @@ class Predicted:
     """What the detectors read where it isn't ``base``: the version's own rows, where a deciding adapter ran it."""
     changed_by: NDArray[np.int8] | None = None
     """(B,) what a deciding adapter answered each row with, 0 for the version; None for other adapters."""
+    both: F32 | None = None
+    """(B,) prediction of a deciding adapter and the version together; None where only one of them ran."""
+    way: Way | None = None
+    """Which of the two answers, or both; None where only one of them ran."""
+    version_broken: bool = False
+    """Whether the version beside a deciding adapter gave values that are not finite."""
     first: int | None = None
     """Number of the first row in the state of a deciding adapter; None where that was not asked."""
     adapt_seconds: float | None = None
@@ -53,3 +52,23 @@ class Predicted:
     version_mean_p: F32 | None = None
     proxy: F32 | None = None
     """(n,) adapted minus version feature shift, on the rows where both ran."""
+
+
+def scatter(blank: F32, index: np.ndarray, values: F32) -> F32:
+    """``values`` (n,) at ``index`` of a copy of ``blank`` (B,)."""
+    if len(index) == len(blank):
+        return values
+    result = blank.copy()
+    result[index] = values
+    return result
+
+
+def sampled(first: int, count: int, share: float) -> np.ndarray:
+    """Which of ``count`` rows that begin with number ``first`` are in a sample of this share.
+
+    By a hash of the number, so that sensors taking turns don't alias with it.
+    """
+    if share >= 1.0:
+        return np.arange(count)
+    index = np.arange(first, first + count, dtype=np.uint64) * np.uint64(2654435761)
+    return np.flatnonzero((index & np.uint64(0xFFFFFFFF)) < np.uint64(share * 2**32))

@@ -1,14 +1,14 @@
 """The model on its device: the frozen original, the promoted versions, and the fast adapter on top.
 
 Three models in layers, each the safe ground of the next: *frozen* (as packed), *version* (frozen plus what the slow
-loop promoted), *served* (version plus fast adaptation). While two layers are the same function, only one of them runs:
-in a steady world a batch costs one forward pass.
+loop promoted), *served* (version plus fast adaptation). While two layers are the same function, only one of them runs.
+An adapter that decides by itself stays on the frozen model, whose source statistics it needs, through every promotion:
+it stands beside the version, and late labels choose between them (`daemon.beside`).
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 import adapters.fast as fast
 import adapters.slow as slow
 from adapters.features import FeatureTap, find_head
-from daemon.device import memory_bytes
-from daemon.labels import PLACES
-from daemon.predicted import Predicted, Version
+from daemon.beside import Beside, join_version
+from daemon.device import upload
+from daemon.labels import numbers_of
+from daemon.predicted import Predicted, sampled, scatter
 from daemon.records import F32
 from daemon.signals import Meter, Rows
+from daemon.versions import Version, Versions
 
 
 class Resident:
@@ -54,24 +56,27 @@ class Resident:
         self._autocast = autocast
         self._head = head
         self._kind = "values" if task == "regression" else "logits"
-        self.current = Version(0)
-        self.ring: deque[Version] = deque(maxlen=ring)
-        self._highest = 0
+        self.versions = Versions(ring, device)
         self._row = 0
         self.epoch = 0
         """Counts the fast states: evidence gathered on one says nothing about the next."""
+        self.beside = Beside()
+        self._outputs: Tensor | None = None
         self._mount(self.frozen)
+        self._watch(self.frozen)
 
-    def _mount(self, version_model: nn.Module) -> None:
+    def _mount(self, model: nn.Module) -> None:
         """Put a fresh fast adapter on a version."""
-        self.version_model = version_model
         options = {"head": self._head, **self._fast_options} if self._head else self._fast_options
-        self.adapter = fast.build(self._fast_name, version_model, self._reference, **options)
+        self.adapter = fast.build(self._fast_name, model, self._reference, **options)
         self.deciding = self.adapter if isinstance(self.adapter, fast.DecidingAdapter) else None
-        """The adapter, where it decides by itself when to differ from the version."""
+        """The adapter, where it decides by itself when to differ from the frozen model."""
         self.gain = 0.0
         """The controller's. A deciding adapter is served in full or not at all, and not by this."""
         self.adapter.gain = 0.0 if self.deciding is None else 1.0
+
+    def _watch(self, version_model: nn.Module) -> None:
+        self.version_model = version_model
         head = self._head or find_head(version_model)
         self._tap = FeatureTap(version_model, head) if head else None
 
@@ -102,7 +107,7 @@ class Resident:
             rows, version = adapted, blank
             if len(sampled):
                 twin = self.measure_version(self._rows(x_B, sampled))
-                version = _scatter(blank, sampled, twin.prediction)
+                version = scatter(blank, sampled, twin.prediction)
             weight[:] = 1.0 / self._twin_share
         else:
             rows = twin = adapted if adapted is not None and not differs else self.measure_version(x_B)
@@ -128,17 +133,19 @@ class Resident:
             predicted.frozen = np.full(len(x_B), np.nan, np.float32)
             if len(sampled):
                 frozen = self.measure_frozen(self._rows(x_B, sampled))
-                predicted.frozen = _scatter(predicted.frozen, sampled, frozen.prediction)
+                predicted.frozen = scatter(predicted.frozen, sampled, frozen.prediction)
         return predicted
 
     def _predict_deciding(self, adapter: fast.DecidingAdapter, x_B: Tensor, *, adapt: bool, serve: bool) -> Predicted:
-        """The same with an adapter that decides by itself; it brings the version's answers along."""
+        """The same with an adapter that decides by itself; it brings the frozen model's answers along."""
         first, started = adapter.numbered, time.monotonic()
+        number, blank = self.current.number, np.full(len(x_B), np.nan, np.float32)
         rows = self._measure_adapted(x_B, None, adapt=adapt) if serve else self.measure_version(x_B)
-        by, version = np.zeros(len(x_B), np.int8), rows.prediction
-        predicted = Predicted(rows, version, version, version, np.ones(len(x_B), np.float32), self.current.number)
+        by, answer = np.zeros(len(x_B), np.int8), rows.prediction
+        outputs = self._outputs if serve else None
+        predicted = Predicted(rows, answer, answer, answer, np.ones(len(x_B), np.float32), number)
         if serve and (by := adapter.changed_by).any():
-            seen, blank = adapter.frozen, np.full(len(x_B), np.nan, np.float32)
+            seen = adapter.frozen
             predicted.version = predicted.frozen = blank if seen is None else seen.spread(len(x_B))
             predicted.weight[:] = 1.0 / adapter.frozen_share
             predicted.served_adapted, predicted.adapted_rows = True, rows
@@ -151,7 +158,13 @@ class Resident:
         predicted.adapt_seconds = time.monotonic() - started if serve and adapt else None
         predicted.changed_by, predicted.first = by, first if serve else None
         self._row += len(x_B)
-        return self._with_frozen(predicted, x_B)
+        if number and outputs is not None:
+            own, features = self._plain(x_B)
+            join_version(predicted, self.meter, x_B, outputs, own, features, self._kind, self.beside.way)
+        elif number:
+            predicted.adapted = blank
+            return self._with_frozen(predicted, x_B)
+        return predicted
 
     def learn(self, x: F32, y: NDArray[Any], places: NDArray[np.float32], epochs: NDArray[np.float32]) -> None:
         """Give late labels to a fast method that learns from them.
@@ -167,17 +180,15 @@ class Resident:
         labels = torch.from_numpy(y.astype(np.float32 if self.task == "regression" else np.int64)).to(self.device)
         numbers = None
         if self.deciding is not None:
-            now = self.deciding.numbered
-            back = (now - np.nan_to_num(places).astype(np.int64)) % PLACES
-            numbers = torch.from_numpy(np.where((epochs == self.epoch) & np.isfinite(places), now - back, -1))
+            numbers = torch.from_numpy(numbers_of(places, epochs == self.epoch, self.deciding.numbered))
         self.adapter.learn(self._upload(x), labels, numbers)
 
     def _measure_adapted(self, x_B: Tensor, slots: NDArray[np.int64] | None, *, adapt: bool) -> Rows:
         call = self.adapter.forward if adapt else self.adapter.predict
         given = None if slots is None else torch.from_numpy(slots)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            outputs = call(x_B, check_finite=False, slots=given)
-        return self._measure_outputs(x_B, outputs)
+            self._outputs = call(x_B, check_finite=False, slots=given)
+        return self._measure_outputs(x_B, self._outputs)
 
     def _measure_outputs(self, x_B: Tensor, outputs: Tensor | None) -> Rows:
         assert outputs is not None
@@ -185,11 +196,7 @@ class Resident:
         return self.meter.measure(x_B, outputs, self.adapter.features, kind=kind)
 
     def _sample(self, count: int) -> np.ndarray:
-        """Rows of this batch on which the twins run: a hash, so that sensors taking turns don't alias with it."""
-        if self._twin_share >= 1.0:
-            return np.arange(count)
-        index = np.arange(self._row, self._row + count, dtype=np.uint64) * np.uint64(2654435761)
-        return np.flatnonzero((index & np.uint64(0xFFFFFFFF)) < np.uint64(self._twin_share * 2**32))
+        return sampled(self._row, count, self._twin_share)
 
     def _rows(self, x_B: Tensor, index: np.ndarray) -> Tensor:
         return x_B if len(index) == len(x_B) else x_B[torch.from_numpy(index).to(self.device)]
@@ -212,14 +219,7 @@ class Resident:
         return outputs, None if self._tap is None else self._tap.features
 
     def _upload(self, x: F32) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(x))
-        if self.device.type == "cuda":
-            return host.pin_memory().to(self.device, non_blocking=True)
-        return host
-
-    def memory_bytes(self) -> int:
-        """Memory in use on the model's device."""
-        return memory_bytes(self.device)
+        return upload(x, self.device)
 
     def set_gain(self, gain: float) -> None:
         """The fast actuator, in [0, 1]."""
@@ -235,65 +235,66 @@ class Resident:
     def reset_fast(self) -> None:
         """Forget all fast adaptation; the gain is the regulator's and stays."""
         self.adapter.reset()
+        self.beside.fast_reset()
         self.epoch += 1
 
-    def promote(self, delta: dict[str, Tensor], record: dict[str, Any]) -> Version:
-        """Serve the current version plus ``delta`` from the next batch on; the old one is kept in the ring."""
-        self.ring.append(self.current)
-        self._highest += 1
-        merged = {**self.current.delta, **{name: value.to(self.device) for name, value in delta.items()}}
-        self._serve(Version(self._highest, merged, {**record, "parent": self.current.number}))
-        return self.current
+    @property
+    def current(self) -> Version:
+        """The version that serves; number 0 is the frozen model."""
+        return self.versions.current
 
-    def rollback(self) -> Version:
-        """Serve the frozen model again; the versions in the ring stay for an operator."""
-        if self.current.number:
-            self.ring.append(self.current)
-        self._serve(Version(0))
-        return self.current
+    def promote(self, delta: dict[str, Tensor], record: dict[str, Any], *, over_frozen: bool = False) -> Version:
+        """Serve the current version (or the frozen model) plus ``delta`` from the next batch on; the old one is kept.
 
-    def _serve(self, version: Version) -> None:
+        Raises:
+            ValueError: the delta does not fit the model; everything stays as it was.
+        """
+        model = slow.apply_delta(self.frozen, delta if over_frozen else {**self.current.delta, **delta})
+        version = self.versions.add(delta, record, over_frozen=over_frozen)
+        self._serve(model)
+        return version
+
+    def rollback(self, number: int = 0) -> Version:
+        """Serve a version of the ring or a pinned one again, or the frozen model (0); the current one is kept.
+
+        Raises:
+            VersionError: there is no such version any more; everything stays as it was.
+        """
+        model = self._build(self.versions.find(number))
+        version = self.versions.go_to(number)
+        if not number:
+            self.beside.restart()
+        self._serve(model)
+        return version
+
+    def _build(self, version: Version) -> nn.Module:
+        return slow.apply_delta(self.frozen, version.delta) if version.delta else self.frozen
+
+    def _serve(self, model: nn.Module) -> None:
         if self._tap is not None:
             self._tap.close()
-        self.current = version
-        self.epoch += 1
-        self._mount(slow.apply_delta(self.frozen, version.delta) if version.delta else self.frozen)
+        self._watch(model)
+        if self.deciding is None:
+            self.epoch += 1
+            self._mount(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Versions and the fast state; the frozen weights are the bundle's."""
         return {
-            "highest": self._highest,
+            **self.versions.state_dict(),
             "row": self._row,
             "epoch": self.epoch,
-            "current": _version_state(self.current),
-            "ring": [_version_state(version) for version in self.ring],
             "gain": self.gain,
             "fast": self.adapter.state_dict(),
+            "beside": self.beside.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""
-        self._highest, self._row = int(state["highest"]), int(state["row"])
-        self.ring.clear()
-        self.ring.extend(self._version(item) for item in state["ring"])
-        self._serve(self._version(state["current"]))
+        self.versions.load_state_dict(state)
+        self._row = int(state["row"])
+        self._serve(self._build(self.current))
         self.epoch = int(state["epoch"])
         self.adapter.load_state_dict(state["fast"])
+        self.beside.load_state_dict(state["beside"])
         self.set_gain(float(state["gain"]))
-
-    def _version(self, state: dict[str, Any]) -> Version:
-        delta = {name: value.to(self.device) for name, value in state["delta"].items()}
-        return Version(int(state["number"]), delta, state["record"])
-
-
-def _version_state(version: Version) -> dict[str, Any]:
-    return {"number": version.number, "delta": dict(version.delta), "record": version.record}
-
-
-def _scatter(blank: F32, index: np.ndarray, values: F32) -> F32:
-    """``values`` at ``index``, NaN elsewhere."""
-    if len(index) == len(blank):
-        return values
-    result = blank.copy()
-    result[index] = values
-    return result

@@ -66,6 +66,7 @@ class Service:
             self.web.before_scrape = self._refresh
             self.web.start()
         positions, label_positions = self._restore()
+        worker.keeper.open(self._id, self._sequence or None)
         worker.loop.positions = dict(positions or {})
         worker.sink.open()
         for sink in getattr(worker.sink, "sinks", (worker.sink,)):
@@ -117,7 +118,9 @@ class Service:
                 signal.signal(number, handler)
 
     def turn(self) -> None:
-        """One turn: at most one batch, and a checkpoint when one is due."""
+        """One turn: what an operator asked for, at most one batch, and a checkpoint when one is due."""
+        if self.worker.keeper.step(self.worker.loop.actions):
+            self.save()
         left = None if self.max_records is None else self.max_records - self.done
         raw = self._batcher.next(IDLE_S, left)
         self._follow_rebalance()
@@ -231,6 +234,7 @@ class Service:
         worker.source.commit(positions, note_of(self._id, self._sequence))
         worker.telemetry.checkpoint_seconds.observe(time.monotonic() - started)
         self._saved_records = self.done
+        worker.keeper.saved(self._sequence)
         return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -260,6 +264,7 @@ class Service:
                 break
             time.sleep(0.1)
         learner.close(max(0.1, self._drain_until - time.monotonic()))
+        self.worker.keeper.close(max(0.1, self._drain_until - time.monotonic()))
         self._refresh()
         if not saved:
             log.error("drain timed out: the newest records are answered again after a restart")

@@ -55,29 +55,66 @@ class Slow(Section):
     enabled: bool = True
     """Whether the slow loop may learn. Without labels it never starts."""
     name: str = "norm_affine_head"
-    """What may move: head, norm_affine, norm_affine_head. HOMEOSTAT_SLOW=head is the short form."""
+    """What may move; fisher+, interpolate+, lae+ before it say how it is kept. Short form: HOMEOSTAT_SLOW=head."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The method's own options as a JSON object, for example {"rank": 4}."""
+    exact: str = "lda_head"
+    """Exact head offered before any burst, classification only: lda_head, prototype_head; empty: none."""
+    exact_rows: PositiveInt = 500
+    """Memory of that head, in labelled rows."""
+    eager: bool = True
+    """Whether it looks for a better version as labels come, and not only when the controller asks."""
     steps: PositiveInt = 100
     """Gradient steps of one burst."""
     batch_rows: PositiveInt = 64
     """Rows of one gradient step."""
     optimizer: str = "prodigy"
-    """sgd, adam, adamw, or any name of pytorch_optimizer."""
+    """prodigy, momo, hypergradient, trial_step, sgd, adam, adamw, or any name of pytorch_optimizer."""
     lr: PositiveFloat | None = None
     """Learning rate; unset: the optimiser's own, which is learning-rate-free for the default."""
-    min_labels: PositiveInt = 64
-    """Labelled rows that must be in memory, and new ones since the last burst, before a burst starts."""
+    min_labels: PositiveInt = 100
+    """Labelled rows that must be in memory, and new ones since the last look, before the next one."""
+    price: float = Field(1e-4, ge=0)
+    """Error that one more forward pass for each served row has to win back, or no burst is started; 0: always."""
+    seconds: PositiveFloat = 120.0
+    """Seconds of work after which a burst ends."""
+    duty: float = Field(0.5, gt=0, le=1)
+    """Share of the time that a burst works; it rests for the others, so that serving is not in its way."""
+    burst_bytes: PositiveInt | None = None
+    """Memory that a burst's steps may take on the device; unset: what there is."""
     memory_rows: PositiveInt = 2_000
     """Labelled rows kept to learn from."""
-    holdout_rows: PositiveInt = 96
+    memory_bytes: PositiveInt = 268_435_456
+    """Most memory that those rows take, and the most that the known regimes take."""
+    recency: float = Field(0.5, ge=0, le=1)
+    """Share of each gradient step's rows drawn from the newest half of the memory."""
+    balance: float = Field(0.5, ge=0, le=1)
+    """From 0, every row kept is drawn as often, to 1, every class is."""
+    holdout_rows: PositiveInt = 160
     """Newest labelled rows that are held back to judge a candidate."""
+    max_queries: PositiveInt = 8
+    """Looks at the same held-back rows after which they are stale."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Level of the gate's test: the chance to promote a candidate that is no better."""
     reference_share: float = Field(0.25, ge=0, le=1)
     """Share of each gradient step's rows drawn from the protected reference exemplars."""
-    reference_margin: float | None = Field(None, ge=0, le=1)
-    """Error a candidate may lose on the reference exemplars; unset: not a condition, the loss is logged."""
+    reference_margin: float | Literal["auto"] | None = None
+    """Error a candidate may lose on the reference exemplars; auto: where labels don't contradict them; unset: any."""
+    regimes: int = Field(4, ge=0)
+    """Promoted versions kept with their regime, to be offered again when it comes back; 0: none."""
+    pseudo_labels: bool = False
+    """Learn without any label too, from what the frozen model and a slow teacher agree on."""
     inline: bool = False
     """Learn in the loop instead of beside it: the stream waits, and a replay gives the same versions every time."""
+
+
+class LabelBudget(Section):
+    """How many records the daemon asks labels for."""
+
+    share: float = Field(0.01, gt=0, le=1)
+    """Share of the records without a label that labels are asked for."""
+    window_rows: int = Field(200, ge=10, le=10_000)
+    """Records among which those are chosen; a question comes at most this many records after its own."""
 
 
 class Checkpoints(Section):
@@ -165,6 +202,10 @@ class Settings(BaseSettings):
     """Where late labels come from: kafka://host:port/topic, file://path; empty: none (the simulator brings its own)."""
     dead_letters: str = ""
     """Where unanswerable records go; empty: kafka://.../SOURCE-TOPIC.dead-letters, else a file in STATE_DIR."""
+    label_queries: str = ""
+    """Where it is said which few records should be labelled: kafka://host:port/topic, file://path; empty: nowhere."""
+    label_budget: LabelBudget = LabelBudget()
+    """How many records it names."""
     codec: Literal["json", "raw", "msgpack"] = "json"
     """Wire format of the records: json, raw (little-endian float32), msgpack."""
     bundle: Path | None = None

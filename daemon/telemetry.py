@@ -23,12 +23,14 @@ from daemon.streams.codecs import REASONS
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 MODELS = ("served", "adapted", "version", "frozen")
-BURSTS = ("promoted", "rejected", "failed", "cancelled")
+BURSTS = ("promoted", "rejected", "declined", "failed", "overrun", "out_of_memory", "non_finite", "cancelled")
 LABELS = ("joined", "late", "rejected")
+QUERIES = ("representative", "uncertain")
 MODEL_NOT_FINITE = "model_not_finite"
 """The reason of an answer that not even the frozen model could give."""
-ANSWERED = ("model", "adapted", "aligned", "runs", "memory")
-"""The version as it is; a fast method; or what `auto` chose, the last of several that changed an answer."""
+ANSWERED = ("model", "adapted", "aligned", "runs", "memory", "version", "both")
+"""The model as it is; a fast method; what `auto` chose, the last of several that changed an answer; a version beside
+`auto`, or both together."""
 TRIPS = ("non_finite", "collapse", "harm", "proxy_harm", "version_harm")
 
 
@@ -103,6 +105,10 @@ class Telemetry:
         self.invalid = {reason: self._invalid.labels(reason) for reason in (*REASONS, MODEL_NOT_FINITE)}
         self._labels = Counter("homeostat_labels_total", "Late labels by what became of them.", ["result"], **kw)
         self.labels = {result: self._labels.labels(result) for result in LABELS}
+        self._queries = Counter(
+            "homeostat_label_queries_total", "Records that a label was asked for, by why.", ["why"], **kw
+        )
+        self.queries = {why: self._queries.labels(why) for why in QUERIES}
         self.batch_rows = ArrayHistogram("homeostat_batch_rows", "Rows of a batch.", ROWS, self.registry)
         self.batch_seconds = ArrayHistogram(
             "homeostat_batch_seconds", "Seconds from a decoded batch to its answers.", SECONDS, self.registry
@@ -172,6 +178,9 @@ class Telemetry:
         self.bursts = {result: self._bursts.labels(result) for result in BURSTS}
         self.slow_seconds = ArrayHistogram(
             "homeostat_slow_seconds", "Seconds of a burst with its judgement.", SECONDS, self.registry
+        )
+        self.version_failures = Counter(
+            "homeostat_version_failures_total", "Decisions and version files that could not be written.", **kw
         )
         self.version = Gauge("homeostat_version", "Number of the served version; 0 is the frozen model.", **kw)
         self._error = Gauge(

@@ -22,7 +22,7 @@ from tests.unit.worlds import settings
         ),
         ({"fast": {"name": "tentt"}}, r"HOMEOSTAT_FAST=tentt: no fast adapter is called 'tentt'"),
         ({"fast": {"name": "tent", "lrr": 1}}, r"HOMEOSTAT_FAST=tent: tent: lrr: .*Its options are: "),
-        ({"slow": {"name": "x"}}, r"HOMEOSTAT_SLOW=x: slow method 'x' does not exist; there are head"),
+        ({"slow": {"name": "x"}}, r"HOMEOSTAT_SLOW=x: slow method 'x' does not exist; there are bottleneck"),
         ({"device": "cuda:99"}, r"HOMEOSTAT_DEVICE=cuda:99: "),
         ({"bundle": None}, r"HOMEOSTAT_BUNDLE is empty: "),
     ],

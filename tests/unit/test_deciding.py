@@ -300,24 +300,39 @@ def test_a_way_that_is_not_finite_is_never_emitted_and_trips(tmp_path: Path, mon
 # Versions.
 
 
-def test_a_promoted_version_gets_a_fresh_one(tmp_path: Path) -> None:
+def test_a_promoted_version_stands_beside_it_and_both_answer_together(tmp_path: Path) -> None:
     run = made(tmp_path)
     feed(run, 5)
     feed(run, 15, off)
-    before, epoch = auto_of(run), run.loop.resident.epoch
-    run.loop.resident.promote({"3.bias": torch.tensor([0.5, 0.0, 0.0])}, {})
+    resident = run.loop.resident
+    before, epoch, numbered = auto_of(run), resident.epoch, auto_of(run).numbered
+    resident.promote({"3.bias": torch.tensor([0.5, 0.0, 0.0])}, {})
+    resident.beside.promoted(first=True, version_error=0.1, fast_error=0.2)
     run.loop.monitor.forget_version()
-    after = auto_of(run)
-    assert after is not before and after.numbered == 0 and run.loop.resident.epoch == epoch + 1
-    assert after.gain == 1.0
+    assert auto_of(run) is before and resident.epoch == epoch and before.numbered == numbered
     states = feed(run, 3, off)
-    assert "fallback" not in states and after.numbered == 3 * ROWS and after.alert is not None
+    assert "fallback" not in states and before.numbered == numbered + 3 * ROWS
+    x, _ = source_rows(512, seed=1000)
+    predicted = resident.predict(x, adapt=False, serve=True)
+    assert predicted.way == "both" and predicted.number == 1
+    assert (predicted.version == resident.measure_version(x).prediction).all()
+    known = np.isfinite(predicted.frozen)
+    assert (predicted.frozen == resident.measure_frozen(x).prediction)[known].all() and known.any()
+    assert predicted.both is not None and (predicted.rows.prediction == predicted.both).all()
+    assert run.telemetry.answered["both"]._value.get() == 3 * ROWS
+
+
+def test_a_reset_of_the_adaptation_leaves_the_version_to_answer(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    feed(run, 2)
+    resident = run.loop.resident
+    resident.promote({"3.bias": torch.tensor([0.5, 0.0, 0.0])}, {})
+    resident.beside.promoted(first=True, version_error=0.1, fast_error=0.2)
+    resident.reset_fast()
     x, _ = source_rows(ROWS, seed=1000)
-    predicted = run.loop.resident.predict(x, adapt=False, serve=True)
-    expected = run.loop.resident.measure_version(x).prediction
-    ran = np.isfinite(predicted.version)
-    assert predicted.number == 1 and (predicted.version == expected)[ran].all()
-    assert (predicted.frozen == run.loop.resident.measure_frozen(x).prediction).all()
+    predicted = resident.predict(x, adapt=False, serve=True)
+    assert predicted.way == "version"
+    assert (predicted.rows.prediction == resident.measure_version(x).prediction).all()
 
 
 # A restart in the middle.

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.checkpoint import decode, encode
-from daemon.labels import LabelJoin
+from daemon.labels import FACTS, LabelJoin
 from daemon.records import Labels
 
 
 def predicted(join: LabelJoin, first: int, count: int, now: float | None = None) -> None:
     rows = np.arange(first, first + count, dtype=np.float32)
     ones = np.ones(count, np.float32)
-    facts = np.stack((rows, rows, rows + 0.5, rows - 0.5, *[ones] * 6), 1)
+    facts = np.stack((rows, rows, rows + 0.5, rows - 0.5, *[ones] * (len(FACTS) - 4)), 1)
     ids = [str(row) for row in range(first, first + count)]
     join.predicted(ids, rows[:, None], facts, float(first + count - 1) if now is None else now)
 

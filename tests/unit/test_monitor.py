@@ -19,12 +19,14 @@ def labelled(rows: int, *, adapted_wrong: bool = False, version_wrong: bool = Fa
     right = (np.arange(rows) % 2).astype(np.float32)
     adapted, version = (1 - right if adapted_wrong else right), (1 - right if version_wrong else right)
     x, zeros, ones = np.zeros((rows, 4), np.float32), np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    return Joined(x, right.astype(np.float64), version, adapted, version, right, ones, zeros, zeros, zeros, ones, zeros)
+    return Joined(
+        x, right.astype(np.float64), version, adapted, version, right, ones, zeros, zeros, zeros, ones, zeros, zeros
+    )
 
 
 @pytest.fixture
 def monitor(tmp_path: Path) -> Monitor:
-    return worker(tmp_path).loop.monitor
+    return worker(tmp_path, fast={"name": "ema_norm"}).loop.monitor
 
 
 def predicted(folder: Path, rows: int) -> Predicted:

@@ -10,6 +10,7 @@ from daemon import checkpoint
 from daemon.device import choose_device
 from daemon.inspecting import digest
 from daemon.resident import Resident
+from daemon.versions import VersionError
 from tests.unit.worlds import source_rows, worker
 
 
@@ -42,7 +43,32 @@ def test_the_ring_keeps_the_newest_versions(tmp_path: Path) -> None:
     made = resident(tmp_path, versions=3)
     for _ in range(6):
         made.promote({"3.bias": torch.zeros(3)}, {})
-    assert [version.number for version in made.ring] == [3, 4, 5] and made.current.number == 6
+    assert [version.number for version in made.versions.ring] == [3, 4, 5] and made.current.number == 6
+
+
+def test_any_kept_version_is_served_again_to_the_bit(tmp_path: Path) -> None:
+    made = resident(tmp_path)
+    x, _ = source_rows(16)
+    answers = {0: made.measure_version(x).signals}
+    for number in (1, 2, 3):
+        made.promote({"3.bias": torch.full((3,), float(number)) * torch.arange(3)}, {})
+        answers[number] = made.measure_version(x).signals
+    made.versions.pin(1)
+    for number in (1, 3, 0, 2):
+        before = made.epoch
+        assert made.rollback(number).number == number == made.current.number and made.epoch == before + 1
+        assert np.array_equal(made.measure_version(x).signals, answers[number])
+
+
+def test_a_version_that_is_not_there_or_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    made = resident(tmp_path)
+    made.promote({"3.bias": torch.ones(3)}, {})
+    before, model = digest(made.state_dict()), made.version_model
+    with pytest.raises(VersionError, match="version 9 is not kept; there are 0, 1"):
+        made.rollback(9)
+    with pytest.raises(ValueError, match="has shape"):
+        made.promote({"3.bias": torch.ones(4)}, {})
+    assert digest(made.state_dict()) == before and made.version_model is model
 
 
 def test_the_frozen_model_is_never_changed(tmp_path: Path) -> None:
@@ -104,7 +130,10 @@ def test_twins_run_on_their_share_of_the_rows_and_are_weighted_by_it(tmp_path: P
 
 def test_its_state_goes_through_a_checkpoint_to_the_bit(tmp_path: Path) -> None:
     made, other = resident(tmp_path), resident(tmp_path)
-    made.promote({"3.bias": torch.ones(3)}, {"parent": 0})
+    for value in (1.0, 2.0):
+        made.promote({"3.bias": torch.full((3,), value)}, {"gain": 0.1})
+    made.versions.pin(1)
+    made.versions.held, made.versions.trigger = True, {"reasons": ["drift alarm"]}
     made.set_gain(0.5)
     made.predict(source_rows(32)[0] + 1, adapt=True, serve=True)
     other.load_state_dict(checkpoint.decode(checkpoint.encode(made.state_dict())))
