@@ -90,6 +90,7 @@ class Bench:
     alpha: float
     reference_margin: float | Literal["auto"] | None
     max_queries: int
+    run_rows: int | None = None
     reference: Reference
     head: str | None
     classes: int | None
@@ -111,7 +112,7 @@ class Bench:
         seen = self._signature(job)
         entry = job.nearest(seen) if seen is not None and job.bank else None
         if entry is not None and _serves(job, entry.delta):
-            entry = None
+            entry = None  # judged against itself it would only take level from the others
         tried: list[dict[str, Any]] = []
         # Any of them may be promoted by chance: they share the level of their queries, as the gate has it.
         count = max(1, (entry is not None) + bool(job.exact) + job.burst)
@@ -194,6 +195,7 @@ class Bench:
                 max_queries=self.max_queries,
                 segment=job.held.segment,
                 class_shares=job.class_shares,
+                run_rows=self.run_rows,
             )
         plain = {name: value for name, value in asdict(verdict).items() if name not in ("promote", "reason", "slices")}
         said = {

@@ -50,6 +50,7 @@ def make_bench(
         alpha=settings.alpha,
         reference_margin=settings.reference_margin,
         max_queries=settings.max_queries,
+        run_rows=settings.run_rows or None,
         reference=reference.to("cpu"),
         head=head,
         classes=classes,

@@ -96,6 +96,8 @@ class Slow(Section):
     """Looks at the same held-back rows after which they are stale."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Level of the gate's test: the chance to promote a candidate that is no better."""
+    run_rows: int = Field(12, ge=0)
+    """Rows of one class that count as one where runs of classes are too long for a proof; 0: no promotion there."""
     reference_share: float = Field(0.25, ge=0, le=1)
     """Share of each gradient step's rows drawn from the protected reference exemplars."""
     reference_margin: float | Literal["auto"] | None = None

@@ -52,6 +52,7 @@ def judge(
     slice_margin: float | None = 0.1,
     class_shares: ArrayLike | None = None,
     least_block_rows: float = 1.0,
+    run_rows: int | None = None,
 ) -> Verdict:
     """Promote the candidate only if it is proven better on the new rows and gives up neither a slice nor the reference.
 
@@ -96,6 +97,9 @@ def judge(
         class_shares: (K,) share of each class in the stream over a time longer than the new rows'; by default the more
             even ones of the reference's (all classes alike without one) and the new rows' own.
         least_block_rows: fewest rows of a block.
+        run_rows: where classes last so long that the blocks are too few to prove anything: count so many rows of one
+            class as one block instead. The level then holds for candidates that differ by chance within a class, not
+            for those that are better at the classes of the day alone; None: nothing is proven there.
 
     Returns:
         Verdict: never promoted without a reason ``better``.
@@ -122,6 +126,7 @@ def judge(
         slice_margin=slice_margin,
         class_shares=class_shares,
         least_block_rows=least_block_rows,
+        run_rows=run_rows,
     )[0]
 
 
@@ -145,6 +150,7 @@ def judge_many(
     slice_margin: float | None = 0.1,
     class_shares: ArrayLike | None = None,
     least_block_rows: float = 1.0,
+    run_rows: int | None = None,
 ) -> list[Verdict]:
     """`judge` several candidates on the same rows at a joint level, in their order; the served model is scored once.
 
@@ -161,6 +167,8 @@ def judge_many(
         raise ValueError(
             f"slice_level is {slice_level}, least_block_rows {least_block_rows}; they must be in (0, 1), at least 1"
         )
+    if run_rows is not None and run_rows < 1:
+        raise ValueError(f"run_rows is {run_rows}; it must be at least 1, or None")
     if reference_margin == "auto" and task == "regression":
         raise ValueError("reference_margin 'auto' compares classes; give a number or None for regression")
     if not candidates:
@@ -199,6 +207,7 @@ def judge_many(
         slice_level=slice_level,
         slice_margin=slice_margin,
         least_rows=least,
+        run_rows=run_rows,
     )
     held = Held(
         y=y,

@@ -15,8 +15,8 @@ MOST_BLOCKS = 24
 """More would add little to the power of a test, and shorter ones hide weak dependence."""
 LEAST_BLOCKS = 7
 """Fewer prove nothing at the gate's levels."""
-RUN_ROWS = 12
-"""Rows of one class in a row that count as one observation where nothing better can be had."""
+SHORT_RUN = 4.0
+"""Mean length of runs of one class, in rows, from which on `runs` proves anything."""
 WIDTH = 2.0
 """Length of a block in times of integrated autocorrelation: about 0.15 is then left between neighbours."""
 FEW_BLOCKS = 8
@@ -126,18 +126,22 @@ def cut(drops: Sequence[F64], least_rows: float = 1.0) -> Blocks:
     return Blocks(np.zeros(0, np.int64), rows)
 
 
-def runs(labels: NDArray[Any]) -> Blocks:
-    """Blocks of one class each, of ``RUN_ROWS`` rows at most, for rows whose classes last too long for `cut`.
+def runs(labels: NDArray[Any], most_rows: int) -> Blocks:
+    """Blocks of one class each, of ``most_rows`` rows at most, for rows whose classes last too long for `cut`.
 
-    That takes neighbouring blocks of one long run for two witnesses. It is exact where the two models differ by chance
-    within a class; where one of them is better at a class as such, a holdout of few classes speaks for these alone,
-    and the slices, the guards and the labels to come have to see to the others.
+    Neighbouring blocks of one long run then stand for two witnesses. That is right where the two models differ by
+    chance within a class. Where one of them is better at a class as such, the classes of the day speak for all. Found
+    for 0.05 asked and 160 rows, with gains and losses of 0.15 to 0.25 that each class has of its own and that cancel
+    over all classes: 0.01 are promoted with runs of 20 rows, 0.05 of 50, 0.3 of 200, and 0.45 of one class alone.
+    Labels that change often prove nothing here: their rows depend on each other for another reason.
     """
     rows = len(labels)
     cuts = np.r_[0, np.flatnonzero(labels[1:] != labels[:-1]) + 1, rows]
     lengths = np.diff(cuts)
+    if lengths.mean() < SHORT_RUN:
+        return Blocks(cuts[:0], rows)
     parts = [
-        first + np.linspace(0, length, math.ceil(length / RUN_ROWS) + 1).round().astype(np.int64)[:-1]
+        first + np.linspace(0, length, math.ceil(length / most_rows) + 1).round().astype(np.int64)[:-1]
         for first, length in zip(cuts, lengths, strict=False)
     ]
     starts = np.concatenate(parts)

@@ -28,6 +28,8 @@ class Terms:
     slice_margin: float | None
     least_rows: float
     """Fewest rows of a block, by the labels and by what the caller knows."""
+    run_rows: int | None
+    """See `gate.judge`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ def weigh(new: Scores, new_ref: Scores, held: Held, terms: Terms) -> Verdict:
     measure, drops, share = _drops(new, held, terms.task)
     losses = held.served.loss - new.loss
     blocks = cut([drops, losses], terms.least_rows)
-    if not blocks.number and terms.task == "classification":
-        blocks = runs(held.y)
+    if not blocks.number and terms.run_rows is not None and terms.task == "classification":
+        blocks = runs(held.y, terms.run_rows)
     interval = Interval(float(drops.mean()), math.nan, math.nan)
     if blocks.number:
         interval = block_interval(*blocks.sums(drops), share * terms.level)

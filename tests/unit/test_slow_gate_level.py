@@ -68,7 +68,7 @@ def answers(rng: np.random.Generator, n: int, error: list[F64], y: NDArray[np.in
     return models
 
 
-def promoted(world: str, n: int, gain: float, repeats: int) -> float:
+def promoted(world: str, n: int, gain: float, repeats: int, run_rows: int | None = None) -> float:
     count = 0
     for repeat in range(repeats):
         rng = np.random.default_rng([repeat, n])
@@ -94,7 +94,8 @@ def promoted(world: str, n: int, gain: float, repeats: int) -> float:
             served = candidate = ERROR + np.linspace(-0.2, 0.2, n)
         x = np.arange(n, dtype=np.float32)[:, None]
         models = answers(rng, n, [served, candidate - gain], y, rho)
-        verdict = slow.judge(*models, x, y, None, None, task="classification", slice_margin=None, slice_level=1e-6)
+        free = {"slice_margin": None, "slice_level": 1e-6, "run_rows": run_rows}
+        verdict = slow.judge(*models, x, y, None, None, task="classification", **free)  # type: ignore[arg-type]
         count += verdict.promote
     return count / repeats
 
@@ -162,3 +163,13 @@ def test_all_looks_at_one_holdout_together_promote_no_more_often_than_asked() ->
         spoilt += any(verdict.promote for verdict in verdicts)
     print(f"level of eight looks {spoilt / repeats:.4f}")
     assert spoilt / repeats <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / repeats)
+
+
+def test_rows_of_a_run_counted_as_witnesses_keep_the_level_for_short_runs_and_let_long_ones_be_learnt_from() -> None:
+    assert promoted("runs 20", 160, 0.0, REPEATS, run_rows=12) <= 0.06
+    assert promoted("ar 0.95", 160, 0.0, REPEATS, run_rows=12) <= 0.06
+    # What it is for: a gain in every class is never seen in runs of 200 rows by whole runs, and mostly so.
+    assert promoted("runs 200", 160, 0.25, POWER_REPEATS) == 0.0
+    assert promoted("runs 200", 160, 0.25, POWER_REPEATS, run_rows=12) > 0.4
+    # What it costs: a candidate that is better at the classes of the day alone may pass.
+    assert promoted("one class", 160, 0.0, POWER_REPEATS) == 0.0
