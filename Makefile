@@ -12,7 +12,7 @@ BIN := .venv/bin
 # --python: else uv fills whichever environment happens to be activated.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 
-.PHONY: help run test lint bench bench-auto bench-detect bench-fast errors clean
+.PHONY: help run test lint bench bench-auto bench-detect bench-fast bench-slow errors clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +45,9 @@ bench-detect: .venv/.installed-frouros
 
 bench-fast: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks.fast $(ARGS)
+
+bench-slow: .venv/.installed-dev
+	$(BIN)/python -m tests.benchmarks.slow $(ARGS)
 
 errors: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks.errors $(ARGS)

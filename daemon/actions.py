@@ -80,13 +80,16 @@ class Actions:
         outcome = self.learner.step(self.resident.version_model, self.resident.current.number, error)
         if outcome is None:
             return "busy" if self.learner.busy else "idle"
-        self._given_up = False
+        given_up, self._given_up = self._given_up, False
         self._telemetry.slow_seconds.observe(outcome.seconds)
         record = {**outcome.record, "reason": outcome.reason, "seconds": round(outcome.seconds, 3)}
         if outcome.result != "promoted":
             self._ended(outcome.result, record)
+            if not given_up and not outcome.record.get("asked", True):
+                # A look of its own accord: what the regulator asked for is still to come.
+                return "busy" if self.learner.busy else "idle"
             return "rejected" if outcome.result in ("rejected", "declined", "cancelled") else "failed"
-        trigger = self.resident.versions.trigger
+        trigger = self._why(outcome.record)
         first = self.resident.current.number == 0
         told = {**record, "trigger": trigger, "made_at": now()}
         version = self.resident.promote(outcome.delta, told, over_frozen=outcome.over_frozen)
@@ -105,7 +108,13 @@ class Actions:
         """A burst without a version."""
         self._telemetry.bursts[result].inc()
         log.info("burst without a version", result=result, **record)
-        self.keeper.decided(result, {**record, "trigger": self.resident.versions.trigger})
+        self.keeper.decided(result, {**record, "trigger": self._why(record)})
+
+    def _why(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What a look was made for: what the regulator asked it for, or the labels alone."""
+        if record.get("asked", True):
+            return self.resident.versions.trigger
+        return {"reasons": ["new labels, and the error is above the source's"], "signal": "error"}
 
     def rollback(self, number: int) -> None:
         """Serve version ``number`` from the next batch on, because an operator asks for it.

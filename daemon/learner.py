@@ -246,7 +246,7 @@ class Learner:
     def _ended(self, outcome: Outcome) -> Outcome:
         if self._cancel.is_set():
             # Made for a version that may be gone by now, and finished before it saw that nobody wants it.
-            return Outcome("cancelled", "no longer wanted", seconds=outcome.seconds)
+            return Outcome("cancelled", "no longer wanted", record={"asked": self._asked}, seconds=outcome.seconds)
         self.worth.tried(self._error_then, promoted=outcome.result == "promoted", burst=outcome.result != "declined")
         if self.bank is not None and outcome.regime is not None and outcome.result == "promoted":
             self.bank.used(outcome.regime)
@@ -257,10 +257,8 @@ class Learner:
         """Remember a promoted version, ``delta`` over the frozen model, for when its regime comes back."""
         if self.bank is not None and outcome.signature is not None and outcome.regime is None:
             host = {name: value.detach().cpu() for name, value in delta.items()}
-            known = {
-                name: outcome.record[name] for name in ("method", "from_version", "gain") if name in outcome.record
-            }
-            self.bank.add(host, outcome.signature, known)
+            record = {name: outcome.record.get(name) for name in ("method", "from_version", "gain")}
+            self.bank.add(host, outcome.signature, record)
 
     def close(self, timeout_s: float) -> None:
         """End a running look."""

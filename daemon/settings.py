@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -100,7 +100,7 @@ class Slow(Section):
     """Rows of one class that count as one where runs of classes are too long for a proof; 0: no promotion there."""
     reference_share: float = Field(0.25, ge=0, le=1)
     """Share of each gradient step's rows drawn from the protected reference exemplars."""
-    reference_margin: float | Literal["auto"] | None = None
+    reference_margin: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
     """Error a candidate may lose on the reference exemplars; auto: where labels don't contradict them; unset: any."""
     regimes: int = Field(4, ge=0)
     """Promoted versions kept with their regime, to be offered again when it comes back; 0: none."""

@@ -57,7 +57,8 @@ class Tally:
 
     def usable(self, joined: Joined) -> Joined | None:
         """Without labels that can't be: not finite, or not one of the classes."""
-        fine = np.isfinite(joined.y)
+        # A target beyond float32 would overflow in every loss.
+        fine = np.abs(np.asarray(joined.y, np.float64)) < np.finfo(np.float32).max
         if self.outputs:
             fine &= (joined.y >= 0) & (joined.y < self.outputs) & (joined.y == np.floor(joined.y))
         self.labels_rejected += int((~fine).sum())

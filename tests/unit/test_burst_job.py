@@ -230,6 +230,15 @@ def test_a_regime_that_is_not_the_nearest_takes_no_level() -> None:
     assert outcome.record["level"] == pytest.approx(look_level(0.05, 1)) and outcome.record["tried"] == []
 
 
+def test_a_regime_that_serves_already_is_not_offered_again() -> None:
+    version = slow.apply_delta(model(), solved())
+    outcome = bench(options=replace(OPTIONS, steps=1, lr=1e-9)).run(job(version=version, **known(solved())))
+    assert outcome.record["tried"] == [] and outcome.record["level"] == pytest.approx(look_level(0.05, 1))
+    other = slow.apply_delta(version, {"0.bias": model()[0].bias + 1})
+    outcome = bench(options=replace(OPTIONS, steps=1, lr=1e-9)).run(job(version=other, **known(solved())))
+    assert [*(each["method"] for each in outcome.record["tried"]), outcome.record["method"]][0] == "regime"
+
+
 # Whatever goes wrong is an outcome.
 
 
