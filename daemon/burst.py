@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import adapters.slow as slow
 from adapters.reference import Reference
-from adapters.slow.backbone import Backbone
-from adapters.slow.gate import look_level
-from adapters.slow.gate_scores import score
+from adapters.slow.gate.judge import look_level
+from adapters.slow.gate.scores import score
+from adapters.slow.heads.backbone import Backbone
 
 log = structlog.get_logger("homeostat.learner")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import adapters.slow as slow
-from adapters.slow import encoding
+from adapters.slow.deltas import encoding
 from adapters.slow.trainee import Trainee
 from daemon import checkpoint
 from tests import check_adapter

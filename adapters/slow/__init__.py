@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from adapters.slow.bank import Bank, Entry
 from adapters.slow.burst import BurstOptions, BurstResult, run_burst
-from adapters.slow.encoding import decode, encode, merge, nbytes
-from adapters.slow.exact import ExactHead, ExactMethod
+from adapters.slow.deltas.encoding import decode, encode, merge, nbytes
 from adapters.slow.fork import apply_delta, fork
-from adapters.slow.gate import Slice, Verdict, judge, judge_many
-from adapters.slow.gate_unlabelled import judge_unlabelled
+from adapters.slow.gate.judge import Slice, Verdict, judge, judge_many
+from adapters.slow.gate.unlabelled import judge_unlabelled
+from adapters.slow.heads.exact import ExactHead, ExactMethod
 from adapters.slow.holdout import Holdout
 from adapters.slow.losses import Task
 from adapters.slow.queries import choose, sketch

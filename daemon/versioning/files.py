@@ -1,7 +1,7 @@
 """One version as one small file: what differs from the frozen model, and the record of why it was kept.
 
-``version-000007.safetensors`` holds the encoded delta (`adapters.slow.encoding`) and in its metadata the schema, the
-hash of the bundle it belongs to, its number, its parent and its record as JSON. A pinned version's file is named
+``version-000007.safetensors`` holds the encoded delta (`adapters.slow.deltas.encoding`) and in its metadata the schema,
+the hash of the bundle it belongs to, its number, its parent and its record as JSON. A pinned version's file is named
 ``version-000007.pinned.safetensors``: the pin outlives a lost checkpoint. Nothing in a file is code.
 """
 
@@ -92,7 +92,7 @@ def write(
     """
     from safetensors.torch import save
 
-    from adapters.slow.encoding import encode
+    from adapters.slow.deltas.encoding import encode
 
     host = {name: value.detach().cpu() for name, value in delta.items()}
     tensors = {name: value.contiguous().clone() for name, value in encode(host, host_of(base)).items()}
@@ -160,7 +160,7 @@ def read(path: Path, base: Mapping[str, Tensor], *, bundle: str) -> tuple[Card, 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from adapters.slow.encoding import decode
+    from adapters.slow.deltas.encoding import decode
 
     try:
         delta = decode(load_file(path), host_of(base))

@@ -131,7 +131,7 @@ def merge(folder: Path, settings: Settings, sources: list[str], weights: list[fl
     paths = [find(folder, int(source)) if source.isdecimal() else Path(source) for source in sources]
     for path in paths:
         files.read_card(path)
-    from adapters.slow import encoding
+    from adapters.slow.deltas import encoding
 
     bundle = _bundle(settings)
     base = dict(bundle.model.named_parameters(remove_duplicate=False))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import adapters.slow as slow
 from adapters.reference import Reference
-from adapters.slow.gate import look_level
+from adapters.slow.gate.judge import look_level
 from daemon.burst import Bench, Job, Outcome
 from daemon.inspecting import digest
 from daemon.source_reference import make_reference

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import adapters.slow as slow
-from adapters.slow.encoding import TOLERANCE, decode, encode, merge, nbytes
+from adapters.slow.deltas.encoding import TOLERANCE, decode, encode, merge, nbytes
 from adapters.slow.inserted import fresh_bottlenecks
 
 torch.set_num_threads(1)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import adapters.slow as slow
-from adapters.slow.exact import ExactHead, ExactMethod
+from adapters.slow.heads.exact import ExactHead, ExactMethod
+from adapters.slow.heads.temperature import scale_of
 from adapters.slow.methods.lda_head import oas
-from adapters.slow.temperature import scale_of
 from daemon import checkpoint
 
 CLASSES, INPUTS, WIDTH = 3, 6, 5

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 import adapters.slow as slow
-from adapters.slow.gate import judge_many, look_level
-from adapters.slow.gate_blocks import Blocks, correlation_rows, cut, label_rows
-from adapters.slow.gate_slices import groups, judge_slices
-from adapters.slow.intervals import block_interval, fewest_blocks, winsorised
+from adapters.slow.gate.blocks import Blocks, correlation_rows, cut, label_rows
+from adapters.slow.gate.intervals import block_interval, fewest_blocks, winsorised
+from adapters.slow.gate.judge import judge_many, look_level
+from adapters.slow.gate.slices import groups, judge_slices
 from daemon import checkpoint
 from daemon.inspecting import digest
 

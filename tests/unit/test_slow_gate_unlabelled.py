@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from adapters.reference import Reference
-from adapters.slow.gate_unlabelled import judge_unlabelled
-from adapters.slow.gate_verdict import Verdict
+from adapters.slow.gate.unlabelled import judge_unlabelled
+from adapters.slow.gate.verdict import Verdict
 
 torch.set_num_threads(1)
 K, D, APART = 4, 8, 3.0

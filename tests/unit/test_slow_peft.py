@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import adapters.slow as slow
-from adapters.slow.peft_merged import ADAPTER
-from adapters.slow.peft_targets import find_targets
+from adapters.slow.lora_family.merged import ADAPTER
+from adapters.slow.lora_family.targets import find_targets
 from adapters.slow.snapshot import Snapshot
 from tests.check_adapter import MODELS, K, build_model
 
@@ -428,7 +428,7 @@ def test_the_package_is_imported_by_a_burst_and_not_before(monkeypatch: pytest.M
 
     model, (x, y) = build_model("mlp_plain"), rows_of("mlp_plain")
     method = slow.get("lora")
-    monkeypatch.setattr("adapters.slow.peft_merged.importlib.import_module", broken)
+    monkeypatch.setattr("adapters.slow.lora_family.merged.importlib.import_module", broken)
     assert method.check(model) is None and asked == []
     with pytest.raises(ValueError, match=r"peft can't be imported \(torch is too old\); run: pip install --upgrade"):
         method.begin(model, given_of(x, y))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapters.slow.peft_init import DAMPING, corda, eva, olora, pissa
-from adapters.slow.peft_inputs import patches, second_moments
-from adapters.slow.peft_targets import find_targets
+from adapters.slow.lora_family.init import DAMPING, corda, eva, olora, pissa
+from adapters.slow.lora_family.inputs import patches, second_moments
+from adapters.slow.lora_family.targets import find_targets
 from tests.check_adapter import build_model
 
 torch.set_num_threads(1)

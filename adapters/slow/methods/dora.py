@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.slow.peft_lora import LowRank
-from adapters.slow.peft_merged import ADAPTER, Adapted
+from adapters.slow.lora_family.lora import LowRank
+from adapters.slow.lora_family.merged import ADAPTER, Adapted
 from adapters.slow.registry import register
 from adapters.slow.trainee import Given
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.slow.peft_merged import ADAPTER, Adapted
-from adapters.slow.peft_method import PeftMethod, whole
+from adapters.slow.lora_family.merged import ADAPTER, Adapted
+from adapters.slow.lora_family.method import PeftMethod, whole
 from adapters.slow.registry import register
 from adapters.slow.trainee import Given
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.slow.peft_merged import ADAPTER, Adapted, working
-from adapters.slow.peft_method import PeftMethod
+from adapters.slow.lora_family.merged import ADAPTER, Adapted, working
+from adapters.slow.lora_family.method import PeftMethod
 from adapters.slow.registry import register
 from adapters.slow.trainee import Given, Values
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from adapters.slow.exact import ExactMethod, Known
-from adapters.slow.moments import F64, Moments
+from adapters.slow.heads.exact import ExactMethod, Known
+from adapters.slow.heads.moments import F64, Moments
 from adapters.slow.registry import register
 
 JITTER = 1e-9

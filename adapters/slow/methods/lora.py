@@ -8,12 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from adapters.slow.lora_family.init import corda, eva, olora, pissa
+from adapters.slow.lora_family.inputs import second_moments
+from adapters.slow.lora_family.lora import LowRank
+from adapters.slow.lora_family.merged import Adapted, Merged
+from adapters.slow.lora_family.method import at_least
 from adapters.slow.losses import row_losses
-from adapters.slow.peft_init import corda, eva, olora, pissa
-from adapters.slow.peft_inputs import second_moments
-from adapters.slow.peft_lora import LowRank
-from adapters.slow.peft_merged import Adapted, Merged
-from adapters.slow.peft_method import at_least
 from adapters.slow.registry import register
 from adapters.slow.trainee import Given, Group, Trainee
 
@@ -37,7 +37,7 @@ class Lora(LowRank):
         alpha: scale; None: the rank, so that the product is not scaled.
         init: ``pissa`` (the part of W that is largest), ``default`` (A random, B = 0), ``olora``, ``eva``, ``corda``
             (the part that matters most to the rows to learn from), ``corda_keep`` (the part that matters least to the
-            reference exemplars): see ``adapters.slow.peft_init``. Layers whose inputs can't be seen start by
+            reference exemplars): see ``adapters.slow.lora_family.init``. Layers whose inputs can't be seen start by
             ``default`` under the last three. B = 0 is slow to leave in a burst: after 60 steps of Prodigy on swapped
             classes (6 models, frozen 69% error) 39% were still wrong with it, 13% with ``pissa``; on drifted sensors
             both are within 0.3 points. But a delta of ``default`` has half the rank of one of the others.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from adapters.slow.exact import ExactMethod, Known
-from adapters.slow.moments import F64, Moments
+from adapters.slow.heads.exact import ExactMethod, Known
+from adapters.slow.heads.moments import F64, Moments
 from adapters.slow.registry import register
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adapters.slow.peft_merged import ADAPTER, Adapted
-from adapters.slow.peft_method import PeftMethod, at_least, whole
+from adapters.slow.lora_family.merged import ADAPTER, Adapted
+from adapters.slow.lora_family.method import PeftMethod, at_least, whole
 from adapters.slow.registry import register
 from adapters.slow.trainee import Given
 

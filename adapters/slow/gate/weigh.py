@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.slow.gate_blocks import Blocks, cut, runs
-from adapters.slow.gate_scores import Scores
-from adapters.slow.gate_slices import REPORTED, Groups, groups, judge_slices
-from adapters.slow.gate_verdict import Measure, Reason, Slice, Verdict
-from adapters.slow.intervals import F64, Interval, block_interval, winsorised
+from adapters.slow.gate.blocks import Blocks, cut, runs
+from adapters.slow.gate.intervals import F64, Interval, block_interval, winsorised
+from adapters.slow.gate.scores import Scores
+from adapters.slow.gate.slices import REPORTED, Groups, groups, judge_slices
+from adapters.slow.gate.verdict import Measure, Reason, Slice, Verdict
 from adapters.slow.losses import Task
 from adapters.slow.rows import Array
 

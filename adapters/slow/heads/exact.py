@@ -12,10 +12,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from adapters.slow.backbone import Backbone, head_problem, on_host
-from adapters.slow.moments import F64, Moments
+from adapters.slow.heads.backbone import Backbone, head_problem, on_host
+from adapters.slow.heads.moments import F64, Moments
+from adapters.slow.heads.temperature import Recent, scale_of
 from adapters.slow.registry import SlowMethod
-from adapters.slow.temperature import Recent, scale_of
 from adapters.slow.trainee import Given, Trainee, Values
 
 BATCH_ROWS = 512

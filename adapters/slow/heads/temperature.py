@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.slow.moments import F64
+from adapters.slow.heads.moments import F64
 
 
 def scale_of(logits: F64, y: NDArray[Any]) -> float:

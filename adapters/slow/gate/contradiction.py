@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adapters.features import FeatureTap, find_head
-from adapters.slow.gate_blocks import Blocks
-from adapters.slow.gate_scores import still
-from adapters.slow.intervals import block_interval
+from adapters.slow.gate.blocks import Blocks
+from adapters.slow.gate.intervals import block_interval
+from adapters.slow.gate.scores import still
 from adapters.slow.rows import Array
 
 NEAR = 0.9

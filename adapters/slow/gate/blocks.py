@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.slow.intervals import F64
+from adapters.slow.gate.intervals import F64
 
 MOST_BLOCKS = 24
 """More would add little to the power of a test, and shorter ones hide weak dependence."""

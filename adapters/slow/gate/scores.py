@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from adapters.slow.fork import fork
-from adapters.slow.intervals import F64
+from adapters.slow.gate.intervals import F64
 from adapters.slow.losses import Task, row_losses
 from adapters.slow.rows import Array
 

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import nn
 
-from adapters.slow.gate_blocks import cut, label_rows
-from adapters.slow.gate_contradiction import contradicted
-from adapters.slow.gate_scores import columns, score
-from adapters.slow.gate_slices import groups
-from adapters.slow.gate_verdict import Measure, Reason, Slice, Verdict
-from adapters.slow.gate_weigh import Held, Terms, weigh
-from adapters.slow.intervals import F64
+from adapters.slow.gate.blocks import cut, label_rows
+from adapters.slow.gate.contradiction import contradicted
+from adapters.slow.gate.intervals import F64
+from adapters.slow.gate.scores import columns, score
+from adapters.slow.gate.slices import groups
+from adapters.slow.gate.verdict import Measure, Reason, Slice, Verdict
+from adapters.slow.gate.weigh import Held, Terms, weigh
 from adapters.slow.losses import Task, check_task
 from adapters.slow.rows import Array
 
@@ -56,8 +56,8 @@ def judge(
 ) -> Verdict:
     """Promote the candidate only if it is proven better on the new rows and gives up neither a slice nor the reference.
 
-    The rows are cut into blocks that are longer than the paired differences are correlated (`gate_blocks.cut`) and
-    than one class lasts (`gate_blocks.label_rows`), and the test flips the signs of whole blocks
+    The rows are cut into blocks that are longer than the paired differences are correlated (`gate.blocks.cut`) and
+    than one class lasts (`gate.blocks.label_rows`), and the test flips the signs of whole blocks
     (`intervals.block_interval`): exact for few of them. Classification: of the drop of the error; when both models err
     equally often, of the drop of the log loss, winsorised against the candidate. Each runs at half the level.
     Regression: of the drop of the squared error, winsorised. The level is that of `look_level`, so the chance that any
@@ -67,14 +67,14 @@ def judge(
     rate that wanders over 200 rows unseen: 0.16 reached for 0.05 asked with 96 rows, 0.08 with 256), and a stream that
     changes after them. ``least_block_rows`` tells what a longer memory of the stream knows.
 
-    Slices are the classes and segments: see `gate_slices.judge_slices`.
+    Slices are the classes and segments: see `gate.slices.judge_slices`.
 
     The reference exemplars are a fixed suite, not a sample: the loss on them is compared as it is, without an
     interval. ``reference_margin`` is the error rate (regression: the share of the targets' variance) that the
     candidate may lose there. It protects what the model knew. After a concept change the reference labels contradict
     the new ones and no good candidate can pass. With None the loss is measured but is no condition, also not for
     slices; "auto" leaves out the classes only that the new labels are shown to contradict
-    (`gate_contradiction.contradicted`), with a margin of 0.02 for the others.
+    (`gate.contradiction.contradicted`), with a margin of 0.02 for the others.
 
     Args:
         served: what serves now; logits (B, K), or predictions (B,) or (B, 1).

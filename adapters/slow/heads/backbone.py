@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adapters.features import FeatureTap, find_head
 from adapters.slow.fork import fork
-from adapters.slow.moments import F64
+from adapters.slow.heads.moments import F64
 from adapters.slow.trainee import Values
 
 

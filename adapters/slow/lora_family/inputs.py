@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.slow.fork import fork
-from adapters.slow.peft_targets import Target
+from adapters.slow.lora_family.targets import Target
 from adapters.slow.trainee import ready
 
 CHUNK = 32

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adapters.slow.entries import base_of, checked
+from adapters.slow.deltas.entries import base_of, checked
 from adapters.slow.inserted import OFFLINE, PARTS
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.slow.peft_targets import Target
+from adapters.slow.lora_family.targets import Target
 from adapters.slow.reparametrised import Reparametrised
 from adapters.slow.trainee import Values
 

@@ -15,11 +15,11 @@ from adapters.fast.core.class_distance import ClassDistance, NearerToSource
 from adapters.fast.core.source import SourceOutputs
 from adapters.features import FeatureTap, find_head
 from adapters.reference import Reference
-from adapters.slow.gate import look_level
-from adapters.slow.gate_blocks import cut, label_rows
-from adapters.slow.gate_scores import still
-from adapters.slow.gate_verdict import Reason, Verdict
-from adapters.slow.intervals import F64, Interval, block_interval
+from adapters.slow.gate.blocks import cut, label_rows
+from adapters.slow.gate.intervals import F64, Interval, block_interval
+from adapters.slow.gate.judge import look_level
+from adapters.slow.gate.scores import still
+from adapters.slow.gate.verdict import Reason, Verdict
 from adapters.slow.rows import Array
 
 MOST_CHANGED = 0.15

@@ -7,9 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.slow.gate_blocks import Blocks
-from adapters.slow.gate_verdict import Slice
-from adapters.slow.intervals import F64, block_interval, fewest_blocks
+from adapters.slow.gate.blocks import Blocks
+from adapters.slow.gate.intervals import F64, block_interval, fewest_blocks
+from adapters.slow.gate.verdict import Slice
 
 PRIOR_ROWS = 8.0
 """Rows without a loss that every slice is given: three rows that happen to be lost are not yet a lost class."""

@@ -20,11 +20,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adapters.slow import factors
-from adapters.slow.entries import base_of, checked
-from adapters.slow.factors import Factors
+from adapters.slow.deltas import factors
+from adapters.slow.deltas.entries import base_of, checked
+from adapters.slow.deltas.factors import Factors
+from adapters.slow.deltas.merging import merge
 from adapters.slow.inserted import OFFLINE
-from adapters.slow.merging import merge
 
 __all__ = ["TOLERANCE", "decode", "encode", "merge", "nbytes"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from adapters.features import find_head
 from adapters.slow.fork import fork
-from adapters.slow.peft_merged import ADAPTER, Adapted, Merged, adapt, load, missing, working
-from adapters.slow.peft_targets import Target, find_targets
+from adapters.slow.lora_family.merged import ADAPTER, Adapted, Merged, adapt, load, missing, working
+from adapters.slow.lora_family.targets import Target, find_targets
 from adapters.slow.registry import SlowMethod
 from adapters.slow.reparametrised import trainee_of
 from adapters.slow.select import parameters_of

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.slow.peft_merged import ADAPTER, Adapted
-from adapters.slow.peft_method import PeftMethod, at_least, whole
-from adapters.slow.peft_targets import Target
+from adapters.slow.lora_family.merged import ADAPTER, Adapted
+from adapters.slow.lora_family.method import PeftMethod, at_least, whole
+from adapters.slow.lora_family.targets import Target
 from adapters.slow.trainee import Given
 
 

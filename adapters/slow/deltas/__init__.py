@@ -1,0 +1,1 @@
+"""Deltas as small tensors, to ship and to merge."""

@@ -1,0 +1,1 @@
+"""The gate: whether a candidate is proven better than what serves."""

@@ -1,0 +1,1 @@
+"""Exact heads: solved per label from sums over frozen features."""
