@@ -119,8 +119,10 @@ class Learner:
             self.replay.add(*leaving)
             if self._exact is not None:
                 self._exact.update(leaving.x, leaving.y)
-        for label in range(self._classes or 0):
-            self._labels[label] += (joined.y == label).sum()
+        if self._classes:
+            y = np.asarray(joined.y, np.float64)
+            classes = y[(y >= 0) & (y < self._classes) & (y == np.floor(y))].astype(np.int64)
+            self._labels += np.bincount(classes, minlength=self._classes)
         self._fresh += len(joined) - (self.holdout.dropped - refused)
 
     def seen(self, x: F32) -> None:
