@@ -68,6 +68,8 @@ class Service:
         positions, label_positions = self._restore()
         worker.keeper.open(self._id, self._sequence or None)
         worker.loop.positions = dict(positions or {})
+        if hasattr(worker.sink, "sinks") and callable(check := getattr(worker.source, "check", None)):
+            check()  # its dead letters may be on its broker, and it is the source that is then wrong
         worker.sink.open()
         for sink in getattr(worker.sink, "sinks", (worker.sink,)):
             if isinstance(sink, PatientSink):
