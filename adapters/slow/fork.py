@@ -84,8 +84,10 @@ def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
             if old is None and (kind := kind_of(name)) is not None:
                 added.setdefault(kind, {})[name] = value
                 continue
-            like = value if old is None else old
-            new = value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+            like = value if old is None or old.shape != value.shape else old
+            # The model's own memory layout, whatever the delta's: kernels round differently on a transposed weight, and
+            # a version restored from a checkpoint must compute what it did before, to the bit.
+            new = torch.empty_like(like, requires_grad=False).copy_(value)
             replaced[name] = nn.Parameter(new, requires_grad=old is not None and old.requires_grad)
         twin = fork(model, replaced)
         for kind, values in added.items():

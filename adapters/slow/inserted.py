@@ -148,7 +148,11 @@ def attach_bottlenecks(twin: nn.Module, source: nn.Module, values: Mapping[str, 
             )
         own = next(layer.parameters())
         learnt = any(parameter.requires_grad for parameter in layer.parameters())
-        copies = {part: value.detach().to(own.device, own.dtype, copy=True) for part, value in parts.items()}
+        layout = torch.contiguous_format  # the same before and after a checkpoint: kernels round differently by layout
+        copies = {
+            part: value.detach().to(own.device, own.dtype, copy=True, memory_format=layout)
+            for part, value in parts.items()
+        }
         layer.add_module(BOTTLENECK, Bottleneck(copies, learnt=learnt).train(layer.training))
         layer.register_forward_hook(CallBottleneck())
     for module in twin.modules():

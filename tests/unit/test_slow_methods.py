@@ -108,6 +108,14 @@ def test_a_delta_is_copied_so_that_the_caller_may_reuse_it() -> None:
     assert new[5].bias.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_values_take_the_layout_of_the_model_whatever_theirs_is() -> None:
+    """A transposed weight is multiplied in another order: a version restored from a file would round differently."""
+    model = mlp()
+    transposed = model.state_dict()["5.weight"].T.contiguous().T
+    assert not transposed.is_contiguous()
+    assert slow.apply_delta(model, {"5.weight": transposed})[5].weight.is_contiguous()
+
+
 def test_a_delta_for_another_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no parameter '9\.bias'"):
         slow.apply_delta(mlp(), {"9.bias": torch.zeros(3)})
