@@ -114,9 +114,14 @@ def _unknown(environ: Mapping[str, str]) -> list[str]:
         near = difflib.get_close_matches(name.upper(), known, n=1)
         advice = f"did you mean {near[0]}?" if near else "`homeostat run --help` lists all"
         # A misspelt secret is a secret still, and so is a whole section in one value.
-        shown = "***" if "PASS" in name.upper() or "KAFKA" in name.upper() else environ[name]
+        shown = "***" if "PASS" in name.upper() or "KAFKA" in name.upper() else _shown(environ[name])
         problems.append(f"{name}={shown}: no such variable; {advice}")
     return problems
+
+
+def _shown(value: str) -> str:
+    """A value without the login that somebody may have written into its URL."""
+    return re.sub(r"//[^/@]*@", "//***@", value)
 
 
 def _line(error: Any) -> str:
@@ -130,7 +135,7 @@ def _line(error: Any) -> str:
     right = f"; right would be {variable.kind}, default {variable.default or 'empty'}" if variable else ""
     if _SECRET.search(name):
         return f"{name}=***: {error['msg']}{right}"
-    return f"{name}={error['input']}: {error['msg'][:1].lower()}{error['msg'][1:]}{right}"
+    return f"{name}={_shown(str(error['input']))}: {error['msg'][:1].lower()}{error['msg'][1:]}{right}"
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -179,7 +184,7 @@ def effective(settings: Settings) -> list[tuple[str, str]]:
             elif isinstance(item, SecretStr):
                 rows.append((full, "***" if item.get_secret_value() else ""))
             else:
-                rows.append((full, "" if item is None else str(item)))
+                rows.append((full, "" if item is None else _shown(str(item))))
 
     walk(settings, PREFIX)
     return [(name.removesuffix("__NAME") if name.endswith(("FAST__NAME",)) else name, value) for name, value in rows]

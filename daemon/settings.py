@@ -10,19 +10,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.guard_limits import GuardLimits
+from daemon.overload import OverloadLimits
 from daemon.regulator_types import RegulatorLimits
+from daemon.section import Section
+from daemon.stream_settings import KafkaClient, Mqtt, SchemaRegistry
 
 PREFIX = "HOMEOSTAT_"
-
-
-class Section(BaseModel):
-    """A nested group of settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Method(Section):
@@ -132,45 +129,6 @@ class Checkpoints(Section):
     """Snapshots kept; older ones are removed."""
 
 
-class KafkaClient(Section):
-    """Kafka clients: source, sink, labels and dead letters share these."""
-
-    group: str = "homeostat"
-    """Consumer group of the source."""
-    instance_id: str = ""
-    """Static member id; set it (a host name) to restart without a rebalance."""
-    start: Literal["earliest", "latest"] = "earliest"
-    """Where a group without a committed offset begins."""
-    out_of_range: Literal["fail", "earliest", "latest"] = "fail"
-    """When the wanted offset is no longer on the broker: stop, or jump and count."""
-    max_rebuild: int = Field(100_000, ge=0)
-    """Longest run of records replayed without output to bring the state up to the group's offset."""
-    session_timeout_ms: int = Field(30_000, ge=6_000)
-    """Time without a heartbeat after which the broker gives the partitions to another worker."""
-    bootstrap_timeout_s: PositiveFloat = 8.0
-    """Time to reach the broker at the start; later losses are retried for ever."""
-    producer_linger_ms: float = Field(5.0, ge=0)
-    """Time the producer waits to fill a batch."""
-    compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = "none"
-    """Compression of what is produced."""
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """How to talk to the broker."""
-    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
-    """Login mechanism with SASL_*."""
-    username: str = ""
-    """Login name."""
-    password: SecretStr = SecretStr("")
-    """Login password; better in a file."""
-    password_file: Path | None = None
-    """File that holds the login password."""
-    ssl_cafile: Path | None = None
-    """Authorities that sign the brokers' certificates."""
-    ssl_certfile: Path | None = None
-    """Own certificate, where the broker asks for one."""
-    ssl_keyfile: Path | None = None
-    """Key of the own certificate."""
-
-
 class _Environment(EnvSettingsSource):
     """Reads ``NAME=word`` of a nested section as that section's ``name`` (or ``dir``)."""
 
@@ -197,9 +155,9 @@ class Settings(BaseSettings):
     )
 
     source: str = "sim://ageing"
-    """Where records come from: kafka://host:port/topic, file://path, -, sim://ageing?rate=1000&seed=7."""
+    """Where records come from: kafka://host:port/topic, mqtt://host/topic, file://path, -, sim://ageing?rate=1000."""
     sink: str = "null:"
-    """Where answers go: kafka://host:port/topic, file://path, -, null:."""
+    """Where answers go: kafka://host:port/topic, mqtt://host/topic, file://path, -, null:."""
     labels: str = ""
     """Where late labels come from: kafka://host:port/topic, file://path; empty: none (the simulator brings its own)."""
     dead_letters: str = ""
@@ -208,8 +166,8 @@ class Settings(BaseSettings):
     """Where it is said which few records should be labelled: kafka://host:port/topic, file://path; empty: nowhere."""
     label_budget: LabelBudget = LabelBudget()
     """How many records it names."""
-    codec: Literal["json", "raw", "msgpack"] = "json"
-    """Wire format of the records: json, raw (little-endian float32), msgpack."""
+    codec: Literal["json", "raw", "msgpack", "avro", "json-schema"] = "json"
+    """Wire format of the records: json, raw (little-endian float32), msgpack; avro and json-schema ask a registry."""
     bundle: Path | None = None
     """Folder made by `homeostat pack`; needed for every source but the simulator."""
     factory: str = ""
@@ -252,8 +210,18 @@ class Settings(BaseSettings):
     """Promoted versions kept for a rollback."""
     checkpoint: Checkpoints = Checkpoints()
     """Snapshots."""
+    delivery: Literal["at-least-once", "exactly-once"] = "at-least-once"
+    """What is promised of answers on Kafka; exactly-once writes answers and offsets in one transaction."""
+    overload: OverloadLimits = OverloadLimits()
+    """What gives way when records come faster than they are answered."""
+    shed: PositiveFloat | None = None
+    """Seconds of lag beyond which the oldest records are skipped and counted; unset: no record is ever skipped."""
     kafka: KafkaClient = KafkaClient()
     """Kafka clients."""
+    mqtt: Mqtt = Mqtt()
+    """MQTT clients."""
+    registry: SchemaRegistry = SchemaRegistry()
+    """Schema registry of the codecs avro and json-schema."""
     http: str = "127.0.0.1:9464"
     """Address of /metrics, /healthz and /readyz; port 0: any free one; off: none."""
     progress_timeout_s: PositiveFloat = 60.0
