@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,38 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+Header = tuple[str, bytes | None]
+"""One header of a record: name and value."""
+
 Positions = dict[str, int]
 """Next offset to read per partition, for example ``{"sensors/0": 4711}`` or ``{"file:/data/in.jsonl": 12}``."""
+
+
+class Chunk(Protocol):
+    """Rows of one partition as they were fetched: columns, and payloads that are cut out when asked for."""
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """(rows,)."""
+
+    @property
+    def timestamps_ms(self) -> NDArray[np.int64]:
+        """(rows,) milliseconds since the epoch; -1: none."""
+
+    @property
+    def keys(self) -> list[bytes | None]:
+        """One per row."""
+
+    @property
+    def values(self) -> list[bytes | None]:
+        """One per row."""
+
+    @property
+    def headers(self) -> Mapping[int, Sequence[Header]]:
+        """Of the rows that have any."""
+
+    def fixed(self, length: int) -> NDArray[np.uint8] | None:
+        """The payloads as (rows, length) bytes, a copy; None where one has another length."""
 
 
 @dataclass(slots=True)
@@ -32,6 +64,12 @@ class RawBatch:
     """Time of each record in seconds since the epoch, as the stream carries it."""
     partitions: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    headers: dict[tuple[str, int], Sequence[Header]] = field(default_factory=dict)
+    """Headers by partition and offset, of those records that have any; a record that dies takes them along."""
+    names_by_key: bool = True
+    """Whether a record without an id is named by its key, and not by where it lies."""
+    chunks: list[Chunk] = field(default_factory=list)
+    """Rows whose payloads are not in ``values`` yet; `unpack` puts them there."""
     batch: Batch | None = None
     arrived: float = 0.0
     """``time.monotonic()`` at which the oldest row came in."""
@@ -39,10 +77,51 @@ class RawBatch:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def append(self, partition: str, chunk: Chunk) -> None:
+        """Add rows of one partition, their payloads still as they were fetched."""
+        times_ms = chunk.timestamps_ms
+        if (times_ms < 0).any():  # the producer gave none
+            times_ms = np.where(times_ms < 0, time.time() * 1000, times_ms)
+        self.chunks.append(chunk)
+        self.keys += chunk.keys
+        self.times_s += (times_ms / 1000).tolist()
+        offsets = chunk.offsets.tolist()
+        self.offsets += offsets
+        self.partitions += [partition] * len(offsets)
+        if chunk.headers:
+            self.headers |= {(partition, offsets[row]): found for row, found in chunk.headers.items()}
+
+    def unpack(self) -> list[bytes | None]:
+        """``values``, complete."""
+        for chunk in self.chunks:
+            self.values += chunk.values
+        self.chunks = []
+        return self.values
+
+    def fixed(self, length: int) -> NDArray[np.uint8] | None:
+        """The payloads as (rows, length) bytes, writable; None unless all are packed and of that length."""
+        if self.values or not self.chunks:
+            return None
+        parts = []
+        for chunk in self.chunks:
+            part = chunk.fixed(length)
+            if part is None:
+                return None
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def next_positions(self) -> Positions:
         """One past the last offset per partition (rows of a partition are in order)."""
         last = dict(zip(self.partitions, self.offsets, strict=True))
         return {partition: offset + 1 for partition, offset in last.items()}
+
+    def dead_letter(self, row: int, reason: str, detail: str) -> DeadLetter:
+        """Row ``row`` as a record that can't be answered."""
+        origin = self.partitions[row], self.offsets[row]
+        headers = self.headers.get(origin, ()) if self.headers else ()
+        return DeadLetter(
+            *origin, self.keys[row], self.unpack()[row], reason, detail, headers, float(self.times_s[row])
+        )
 
 
 @lru_cache(maxsize=65_536)
@@ -66,6 +145,10 @@ class DeadLetter:
     reason: str
     """One of ``codecs.REASONS``: the metric's label."""
     detail: str
+    headers: Sequence[Header] = ()
+    """The record's own, as it came."""
+    time_s: float | None = None
+    """Of the record, in seconds since the epoch."""
 
 
 @dataclass(slots=True)
