@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn, Self
@@ -51,7 +51,8 @@ class TrialBroker:
     """One Kafka node, broker and KRaft controller in one process, with its data in ``folder``.
 
     A second broker on the same folder goes on with the same topics and records. ``port=0`` takes a free port at the
-    first start and keeps it. ``properties`` are added to Kafka's ``server.properties`` and win over the ones here.
+    first start and keeps it. ``properties`` are added to Kafka's ``server.properties`` and win over the ones here;
+    ``format_arguments`` go to the first start's format of the storage (``--add-scram``: a user).
     The node ends with this process, however that ends. As a context manager it is started and stopped.
     """
 
@@ -62,11 +63,13 @@ class TrialBroker:
         port: int = 9092,
         host: str = "127.0.0.1",
         properties: Mapping[str, str] | None = None,
+        format_arguments: Sequence[str] = (),
     ) -> None:
         self.folder = Path(folder).absolute()
         self.host = host
         self.port = port
         self.properties = dict(properties or {})
+        self.format_arguments = tuple(format_arguments)
         self.log = self.folder / "broker.log"
         self._node: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
@@ -190,7 +193,7 @@ class TrialBroker:
         with open(self.log, "ab") as log:
             try:
                 subprocess.run(
-                    [*line, "-c", "server.properties"],
+                    [*line, "-c", "server.properties", *self.format_arguments],
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

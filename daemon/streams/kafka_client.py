@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import structlog
 from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
-from daemon.errors import StreamError
-from daemon.settings import KafkaClient
+from daemon.errors import HomeostatError, SettingsError, StreamError
+from daemon.stream_settings import KafkaClient
+from daemon.streams.kafka_log import EVERY_S, kafka_log, listen
+from daemon.streams.kafka_net import PatientClient
+from daemon.streams.login import LoginFault, try_login
+from daemon.streams.security import check_security, login_config
+
+log = structlog.get_logger("homeostat.kafka")
+
+_PROBE_S = 4.0
+"""Longest wait for one broker's answers to a login."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,12 @@ class Address:
     def parse(cls, url: str, variable: str) -> Address:
         """Raises StreamError when the URL names no broker or no topic."""
         parts = urlsplit(url)
+        if "@" in parts.netloc:
+            # Not repeated: what stands before it may be a password.
+            raise StreamError(
+                f"{variable}: a name or password has no place in a topic's address; set HOMEOSTAT_KAFKA__USERNAME and "
+                "HOMEOSTAT_KAFKA__PASSWORD_FILE, and write kafka://host:port/topic"
+            )
         topic = parts.path.strip("/")
         servers = [server for server in parts.netloc.split(",") if server]
         if not servers or not topic or "/" in topic or any(":" not in server for server in servers):
@@ -43,30 +59,23 @@ class Address:
 
 
 def client_config(settings: KafkaClient, servers: list[str]) -> dict[str, Any]:
-    """What every client of this daemon shares."""
-    password = settings.password.get_secret_value()
-    if settings.password_file is not None:
-        try:
-            password = settings.password_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise StreamError(f"HOMEOSTAT_KAFKA__PASSWORD_FILE={settings.password_file}: {error.strerror}") from None
-    config: dict[str, Any] = {
+    """What every client of this daemon shares.
+
+    Raises:
+        SettingsError: with a line for each setting that contradicts another.
+        StreamError: a certificate or a secret's file can't be used; it names the variable and the file.
+    """
+    if problems := check_security(settings):
+        raise SettingsError(problems)
+    return {
         "bootstrap_servers": servers,
         "client_id": "homeostat",
         "bootstrap_timeout_ms": int(settings.bootstrap_timeout_s * 1000),
-        "security_protocol": settings.security_protocol,
         "reconnect_backoff_max_ms": 2_000,
+        "metadata_max_age_ms": settings.metadata_max_age_ms,
+        "kafka_client": PatientClient,
+        **login_config(settings),
     }
-    if settings.sasl_mechanism:
-        config |= {
-            "sasl_mechanism": settings.sasl_mechanism,
-            "sasl_plain_username": settings.username,
-            "sasl_plain_password": password,
-        }
-    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-        if path := getattr(settings, name):
-            config[name] = str(path)
-    return config
 
 
 def reachable(servers: Iterable[str], timeout_s: float = 1.0) -> bool:
@@ -78,28 +87,106 @@ def reachable(servers: Iterable[str], timeout_s: float = 1.0) -> bool:
     return False
 
 
-def connect(make: Callable[..., Any], address: Address, settings: KafkaClient, **config: Any) -> Any:
-    """A client, or an error that says what was tried.
+def accepts(address: Address, settings: KafkaClient) -> bool:
+    """Whether a broker can be reached and, where a connection was lost lately, whether one lets us in.
 
-    A refused login shows in kafka-python only as a bootstrap that times out, so the port is tried first: whatever
-    fails after that is not the address.
+    For a thread beside the loop: it may take seconds. What the brokers say against it is logged once a minute.
+    kafka-python itself goes on trying for ever, and to it a refused login is a lost connection like any other.
     """
-    deadline = time.monotonic() + settings.bootstrap_timeout_s
-    while not reachable(address.servers):
-        if time.monotonic() > deadline:
-            raise address.error(
-                f"no broker answers at {', '.join(address.servers)} within {settings.bootstrap_timeout_s:g} s; "
-                "check host and port, and that the broker runs"
-            )
-        time.sleep(0.1)
+    if not reachable(address.servers):
+        return False
+    if not kafka_log.recent_trouble():
+        return True
     try:
-        return make(**client_config(settings, address.servers), **config)
+        faults = _faults(address, client_config(settings, address.servers), _PROBE_S)
+    except HomeostatError as error:
+        faults = {"none asked": LoginFault(str(error), final=True)}
+    if faults is None:
+        return True
+    _refused.say(address, f"{_told(faults)} ({_as_whom(settings)})")
+    return False
+
+
+class _Refused:
+    """Says of each topic's brokers, once a minute, why they don't let us in."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def say(self, address: Address, why: str) -> None:
+        now = time.monotonic()
+        if now - self._said.get(address.url, float("-inf")) >= EVERY_S:
+            self._said[address.url] = now
+            log.error("no broker lets this client in, trying on", topic=address.topic, why=why)
+
+
+_refused = _Refused()
+
+
+def _faults(address: Address, config: dict[str, Any], timeout_s: float) -> dict[str, LoginFault] | None:
+    """What each broker has against us; None as soon as one has nothing."""
+    faults = {}
+    for server in address.servers:
+        try:
+            try_login(server, config, timeout_s)
+        except LoginFault as fault:
+            faults[server] = fault
+        else:
+            return None
+    return faults
+
+
+def _told(faults: dict[str, LoginFault]) -> str:
+    return "; ".join(f"{server}: {fault}" for server, fault in faults.items())
+
+
+def _as_whom(settings: KafkaClient) -> str:
+    """What was tried, without the secrets: protocol, mechanism, name, certificate."""
+    tried: str = settings.security_protocol
+    if settings.sasl_mechanism:
+        name = f"as {settings.username!r}" if settings.username else f"with the token in {settings.token_file}"
+        tried += f", {settings.sasl_mechanism} {name}"
+    return tried + (f", certificate {settings.ssl_certfile}" if settings.ssl_certfile else "")
+
+
+def connect(make: Callable[..., Any], address: Address, settings: KafkaClient, **config: Any) -> Any:
+    """A client, or an error that says what was tried at which broker and what came of it.
+
+    A broker that is not there yet, or hangs up, is tried until ``bootstrap_timeout_s``; one that says no is believed:
+    trying on would only lock the account.
+
+    Raises:
+        SettingsError: settings contradict each other.
+        StreamError: no broker lets us in.
+    """
+    listen()
+    shared = client_config(settings, address.servers)
+    deadline = time.monotonic() + settings.bootstrap_timeout_s
+    pause_s = 0.1
+    while faults := _faults(address, shared, _share(deadline, address)):
+        final = any(fault.final for fault in faults.values())
+        if final or time.monotonic() + pause_s > deadline:
+            within = "" if final else f" within {settings.bootstrap_timeout_s:g} s"
+            if all(fault.absent for fault in faults.values()):
+                raise address.error(
+                    f"no broker answers at {', '.join(address.servers)}{within}; check host and port, and that the "
+                    f"broker runs: {_told(faults)}"
+                )
+            raise address.error(f"no broker lets this client in{within} ({_as_whom(settings)}): {_told(faults)}")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
+    try:
+        return make(**{**shared, **config})
     except kafka_errors.KafkaError as error:
-        login = f" with {settings.sasl_mechanism} as {settings.username!r}" if settings.sasl_mechanism else ""
         raise address.error(
-            f"{', '.join(address.servers)} accepts connections but not this client "
-            f"({settings.security_protocol}{login}): {error}"
+            f"{', '.join(address.servers)} let this client in ({_as_whom(settings)}), and then it failed: "
+            f"{type(error).__name__}: {error}"
         ) from None
+
+
+def _share(deadline: float, address: Address) -> float:
+    """Time for one broker, so that all of them are asked before the deadline."""
+    return min(_PROBE_S, max(0.5, (deadline - time.monotonic()) / len(address.servers)))
 
 
 def existing_partitions(consumer: Any, address: Address) -> list[TopicPartition]:
