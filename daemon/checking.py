@@ -39,7 +39,7 @@ def check(settings: Settings) -> int:
         attempt(lambda: Store(folder, keep=settings.checkpoint.keep).newest())
     worker = attempt(lambda: assemble(settings))
     if worker is not None:
-        for part in (worker.source, worker.sink, worker.labels):
+        for part in (worker.source, worker.sink, worker.labels, worker.loop.codec):
             if hasattr(part, "check"):
                 attempt(part.check)
         if settings.source.startswith("file:"):

@@ -57,7 +57,7 @@ def read(wanted: Wanted, settings: Settings, manifest: Manifest) -> Read:
     Raises:
         StreamError: naming the file, topic or option, what is wrong, and what to do.
     """
-    decoder = codec(settings.codec, tuple(manifest.input_shape))
+    decoder = codec(settings.codec, tuple(manifest.input_shape), settings.registry)
     ranged = wanted.first is not None or wanted.stop is not None
     if ranged and (wanted.file is not None or not settings.source.startswith("kafka:")):
         raise StreamError("--from and --to are offsets of a kafka:// HOMEOSTAT_SOURCE: else use --records or --last")

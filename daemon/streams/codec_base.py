@@ -55,22 +55,21 @@ class Codec(ABC):
         invalid: dict[int, str] = {}
         dead: list[DeadLetter] = []
         read, limit, isfinite = self._read, self.max_bytes, math.isfinite
-        for row, value in enumerate(raw.values):
+        for row, value in enumerate(raw.unpack()):
             try:
                 if value is None or len(value) > limit:
                     raise ValueError("not to be read")
                 name, x, number, ts = read(value)
             except FAILURES:
                 try:
-                    (name, x, number, ts), reason = self._explain(value, raw.keys[row])
+                    (name, x, number, ts), reason = self._explain(value, raw.keys[row] if raw.names_by_key else None)
                 except RefusedError as refused:
-                    origin = raw.partitions[row], raw.offsets[row], raw.keys[row]
-                    dead.append(DeadLetter(*origin, value, refused.reason, refused.detail))
+                    dead.append(raw.dead_letter(row, refused.reason, refused.detail))
                     continue
                 if reason is not None:
                     invalid[len(ids)] = reason
             if type(name) is not str:
-                name = (_key_text(raw.keys[row]) or _origin(raw, row)) if name is None else str(name)
+                name = _name(raw, row) if name is None else str(name)
             if not isinstance(ts, float):
                 ts = raw.times_s[row] if ts is None else ts.timestamp()
             ids.append(name)
@@ -132,11 +131,16 @@ class RawCodec(Codec):
 
     def decode(self, raw: RawBatch) -> Batch:
         """Decode every record of ``raw``; a batch in which each has the right length is one copy."""
-        values = [value for value in raw.values if value is not None and len(value) == self._nbytes]
-        if raw.batch is not None or len(values) < len(raw):
-            return super().decode(raw)
-        ids = [_key_text(key) or _origin(raw, row) for row, key in enumerate(raw.keys)]
-        return assemble(self.stack(values), ids, [None] * len(ids), raw.times_s)
+        fixed = raw.fixed(self._nbytes)
+        if fixed is not None:
+            x = fixed.reshape(-1).view("<f4").astype(np.float32, copy=False).reshape(len(fixed), *self.input_shape)
+        else:
+            values = [value for value in raw.unpack() if value is not None and len(value) == self._nbytes]
+            if raw.batch is not None or len(values) < len(raw):
+                return super().decode(raw)
+            x = self.stack(values)
+        ids = [_name(raw, row) for row in range(len(raw))]
+        return assemble(x, ids, [None] * len(ids), raw.times_s)
 
     def _read(self, value: bytes) -> Row:
         return None, self._bin(value), None, None
@@ -179,6 +183,11 @@ def assemble(
     valid[list(invalid)] = False
     times = np.array(times_s, dtype=np.float64)
     return Batch(ids, x, y, times, valid, list(range(len(x))) if rows is None else rows, invalid, dead or [])
+
+
+def _name(raw: RawBatch, row: int) -> str:
+    """What a record is called that has no id of its own."""
+    return (raw.names_by_key and _key_text(raw.keys[row])) or _origin(raw, row)
 
 
 def _origin(raw: RawBatch, row: int) -> str:

@@ -15,6 +15,7 @@ REASONS = (
     "empty",  # the value has no bytes
     "too_large",  # longer than the codec's max_bytes: not looked at
     "undecodable",  # not of the format at all, or not a map
+    "schema",  # breaks its schema, or names one that the registry does not have
     "missing_field",  # no x; in a label no id or no y
     "wrong_type",  # something else where a number, an id or a time belongs
     "wrong_shape",  # not as many numbers as the model takes, or nested otherwise

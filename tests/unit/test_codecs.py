@@ -74,6 +74,7 @@ def test_the_reasons_are_pinned_because_alerts_name_them() -> None:
         "empty",
         "too_large",
         "undecodable",
+        "schema",
         "missing_field",
         "wrong_type",
         "wrong_shape",
