@@ -1,4 +1,4 @@
-"""The command line: ``homeostat run | check | pack | inspect | broker | simulate | detect | evaluate | versions``.
+"""The command line: homeostat run, check, pack, inspect, broker, simulate, and what lies in folders of its own.
 
 Nothing heavy is imported before a command needs it: help, and a wrong setting, answer at once.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import daemon
+from daemon import simulate_command
+from daemon.dead_letters import command as replay_command
 from daemon.errors import HomeostatError, SettingsError
 from daemon.evaluation import command as evaluate_command
 from daemon.recorded import command as detect_command
@@ -135,20 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     broker.add_argument("--port", type=int, default=9092, metavar="N", help="port to listen on (9092)")
     broker.add_argument("--folder", type=Path, default=Path(".homeostat/broker"), metavar="FOLDER", help="data and log")
 
-    simulate = commands.add_parser(
-        "simulate",
-        help="write the simulated stream to a sink, with late labels",
-        description="Write the simulated stream as JSON records, and its labels 200 rows late.",
-    )
-    simulate.add_argument("--to", required=True, metavar="URL", help="kafka://host:port/topic, file://path or -")
-    simulate.add_argument("--labels-to", default="", metavar="URL", help="where the late labels go")
-    simulate.add_argument("--records", type=_positive, default=20_000, metavar="N", help="rows (20000)")
-    simulate.add_argument("--rate", type=float, default=0.0, metavar="R", help="rows per second; 0: at full speed")
-    simulate.add_argument("--bundle", type=Path, metavar="FOLDER", help="also pack the simulator's own model there")
-    simulate.add_argument("--seed", type=int, default=7, metavar="N", help="seed of the array (7)")
-
+    simulate_command.add(commands, _positive)
     detect_command.add(commands)
     evaluate_command.add(commands)
+    replay_command.add(commands)
     versions_command.add(commands)
     return parser
 
@@ -274,25 +266,16 @@ def _broker(arguments: argparse.Namespace) -> int:
     return command(arguments.folder, arguments.port)
 
 
-def _simulate(arguments: argparse.Namespace) -> int:
-    from daemon.simulating import simulate
-
-    if arguments.bundle is not None:
-        from daemon.streams.simbundle import make_bundle
-
-        make_bundle(arguments.bundle, arguments.seed, progress=lambda text: print(text, file=sys.stderr, flush=True))
-    return simulate(arguments.to, arguments.labels_to, arguments.records, arguments.rate, arguments.seed)
-
-
 _COMMANDS = {
     "run": _run,
     "check": _check,
     "pack": _pack,
     "inspect": _inspect,
     "broker": _broker,
-    "simulate": _simulate,
+    "simulate": simulate_command.run,
     "detect": detect_command.run,
     "evaluate": evaluate_command.run,
+    "replay-dlq": replay_command.run,
     "versions": versions_command.run,
 }
 

@@ -7,15 +7,13 @@ import os
 import stat
 import sys
 import time
-from base64 import b64encode
 from typing import BinaryIO, Protocol
-
-import msgspec
 
 from daemon.errors import DeliveryError
 from daemon.records import DeadLetter, Labels, Positions, RawBatch
 from daemon.streams.answers import decode_label
 from daemon.streams.codec_base import Codec, assemble
+from daemon.streams.dead_letters import to_line
 from daemon.streams.fileio import FileUrl, LineReader, sync_folder
 from daemon.streams.tables import Columns, CsvReader, NpzReader
 
@@ -232,20 +230,12 @@ class FileSink:
     """Questions are lines as answers are."""
 
     def send_dead(self, letter: DeadLetter) -> None:
-        """Append a dead letter as a line: partition, offset, reason, detail, and key and value in base64.
+        """Append a dead letter as a line (see daemon.streams.dead_letters).
 
         Raises:
             DeliveryError: writing failed.
         """
-        line = {
-            "partition": letter.partition,
-            "offset": letter.offset,
-            "reason": letter.reason,
-            "detail": letter.detail,
-            "key": None if letter.key is None else b64encode(letter.key).decode(),
-            "value": None if letter.value is None else b64encode(letter.value).decode(),
-        }
-        self._write(msgspec.json.encode(line) + b"\n")
+        self._write(to_line(letter) + b"\n")
 
     def _write(self, lines: bytes) -> None:
         if self._file is None:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import structlog
 from kafka import KafkaConsumer
 from kafka import errors as kafka_errors
 
 from daemon.records import Labels, Positions
-from daemon.settings import KafkaClient
+from daemon.stream_settings import KafkaClient
 from daemon.streams.answers import decode_label
 from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of
+from daemon.streams.topic_watch import StableEnds, TopicWatch
+
+log = structlog.get_logger("homeostat.kafka")
 
 
 class KafkaLabels:
-    """Reads every partition of a label topic, outside any group: each worker sees all labels and keeps its own."""
+    """Reads every partition of a label topic, outside any group: each worker sees all labels and keeps its own.
+
+    Partitions that are added are read from their beginning, and so is a topic that was deleted and made anew. While
+    there is none, or its broker is away, no labels come and answers go on.
+    """
 
     def __init__(self, url: str, settings: KafkaClient, *, variable: str = "HOMEOSTAT_LABELS") -> None:
         self._address = Address.parse(url, variable)
         self._settings = settings
         self._consumer: Any = None
+        self._topic = TopicWatch(self._address)
+        self._ends = StableEnds()
         self.rejected: dict[str, int] = {}
 
     def check(self) -> None:
@@ -44,8 +55,11 @@ class KafkaLabels:
             allow_auto_create_topics=False,
             isolation_level="read_committed",
             fetch_max_wait_ms=100,
+            metadata_max_age_ms=self._settings.metadata_max_age_ms,
         )
         partitions = existing_partitions(self._consumer, self._address)
+        self._topic = TopicWatch(self._address)
+        self._topic.open(self._consumer, partitions)
         self._consumer.assign(partitions)
         for partition in partitions:
             if (offset := (positions or {}).get(name_of(partition))) is not None:
@@ -53,6 +67,19 @@ class KafkaLabels:
             else:
                 self._consumer.seek_to_beginning(partition)
         self._positions: Positions = dict(positions or {})
+
+    def _follow_topic(self) -> bool:
+        """Read what was added to the topic, and all of one that took its place; returns whether one did."""
+        assigned = set(self._consumer.assignment())
+        if another := self._topic.look():
+            log.error("label topic was deleted and made anew: read from its beginning", topic=self._address.topic)
+            self._positions.clear()
+            self._consumer.seek_to_beginning(*assigned)
+        if added := self._topic.added(assigned):
+            log.info("label topic has new partitions", partitions=[name_of(partition) for partition in added])
+            self._consumer.assign([*assigned, *added])
+            self._consumer.seek_to_beginning(*added)
+        return another
 
     def poll(self, timeout_s: float = 0.0) -> Labels:
         """Labels that came; those that can't be read are counted in ``rejected``."""
@@ -63,6 +90,10 @@ class KafkaLabels:
             if not error.retriable:
                 raise self._address.error(f"{type(error).__name__}: {error}") from None
             return labels
+        if self._follow_topic():
+            return labels  # what came is read again, with what lies before it
+        if records:
+            self._ends.heard()
         for partition, rows in records.items():
             for row in rows:
                 try:
@@ -72,17 +103,16 @@ class KafkaLabels:
                     continue
                 labels.ids.append(name)
                 labels.y.append(y)
-                labels.times_s.append(row.timestamp / 1000 if time_s is None else time_s)
+                if time_s is None:
+                    # -1: the producer gave none, so that it counts from now on.
+                    time_s = row.timestamp / 1000 if row.timestamp >= 0 else time.time()
+                labels.times_s.append(time_s)
             self._positions[name_of(partition)] = rows[-1].offset + 1
         return labels
 
     def at_end(self) -> bool:
-        """Whether every label that the broker has told of has been returned."""
-        for partition in self._consumer.assignment():
-            highwater = self._consumer.highwater(partition)
-            if highwater is None or (self._consumer.position(partition, timeout_ms=0) or 0) < highwater:
-                return False
-        return True
+        """Whether every label that the broker has told of, and gives out, has been returned."""
+        return self._ends.lag(self._consumer, self._consumer.assignment()) == 0
 
     def positions(self) -> Positions:
         """Next offset per partition."""

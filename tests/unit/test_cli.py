@@ -47,6 +47,18 @@ FLAGS = {
         "--html",
         "--state",
     },
+    "replay-dlq": {
+        "--to",
+        "--reason",
+        "--since",
+        "--until",
+        "--partition",
+        "--offset",
+        "--limit",
+        "--max-replays",
+        "--dry-run",
+        "--again",
+    },
     "simulate": {"--to", "--labels-to", "--records", "--rate", "--seed", "--bundle"},
     "versions": {"--state"},
 }
