@@ -55,6 +55,8 @@ class Actions:
         """Told of every burst's end and every withdrawal."""
         self._given_up = False
         """A burst was wanted by the regulator and taken away by an operator; it is to hear of that."""
+        self.rests = False
+        """Under overload: no burst begins, and a deciding adapter has no copy run that doesn't answer."""
         self.trusted = self.decides
         """Whether the fast adaptation is served; else it runs in shadow."""
 
@@ -76,6 +78,8 @@ class Actions:
             return "rejected"
         if held or not self.learner.settings.enabled:
             return "idle"
+        if self.rests and (self.learner.wanted or not self.learner.busy):
+            return "busy" if self.learner.wanted else "idle"
         error = self.monitor.errors["served"].value if labelled else float("nan")
         outcome = self.learner.step(self.resident.version_model, self.resident.current.number, error)
         if outcome is None:
@@ -229,7 +233,7 @@ class Actions:
         self._telemetry.enter(decision.state)
         if self.decides:
             # Every row counts as evidence, in every state; only what costs a forward pass waits for an alarm.
-            self.resident.set_alert(decision.adapt)
+            self.resident.set_alert(decision.adapt and not self.rests)
             self.trusted = self._trusted(decision.state)
             return decision.state is not State.FALLBACK
         return decision.adapt

@@ -21,7 +21,8 @@ class Batcher:
 
     def __init__(self, source: Source, rows: int, linger_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._source = source
-        self._rows = rows
+        self.rows = rows
+        """Of a full batch; may change between two calls."""
         self._linger_s = linger_s
         self._clock = clock
         self._held: RawBatch | None = None
@@ -33,7 +34,7 @@ class Batcher:
 
     def next(self, idle_s: float, limit: int | None = None) -> RawBatch | None:
         """The next batch, or None when none is due within about ``idle_s``; at most ``limit`` rows when given."""
-        rows = self._rows if limit is None else max(1, min(self._rows, limit))
+        rows = self.rows if limit is None else max(1, min(self.rows, limit))
         if self._held is None:
             polled = self._source.poll(rows, idle_s)
             if not len(polled):
@@ -64,6 +65,7 @@ class Batcher:
         dropped = len(self._held) - len(keep)
         if dropped:
             held = self._held
+            held.unpack()
             for name in ("values", "keys", "times_s", "partitions", "offsets"):
                 setattr(held, name, [getattr(held, name)[row] for row in keep])
             if not keep:
@@ -74,7 +76,11 @@ class Batcher:
 def _extend(held: RawBatch, more: RawBatch) -> None:
     if held.batch is not None and more.batch is not None:
         held.batch.extend(more.batch, len(held))
+    if more.values:
+        held.unpack()
     held.values += more.values
+    held.chunks += more.chunks
+    held.headers |= more.headers
     held.keys += more.keys
     held.times_s += more.times_s
     held.partitions += more.partitions

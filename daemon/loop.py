@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from daemon.actions import Actions
 from daemon.device import memory_bytes
 from daemon.labels import FACTS, PLACES, Joined, LabelJoin
+from daemon.load import Load
 from daemon.monitor import Monitor
 from daemon.predicted import Predicted
 from daemon.queries import Queries
@@ -63,6 +64,8 @@ class Loop:
     """Offsets from which on records are answered; earlier ones were answered before a restart."""
     queries: Queries | None = None
     """Asks for the labels that are worth most; None: nobody is asked."""
+    load: Load = field(default_factory=Load)
+    """What gives way under overload (`daemon.pressure`)."""
 
     def __post_init__(self) -> None:
         # One that decides by itself is given every row, from the first on.
@@ -74,14 +77,15 @@ class Loop:
         batch = raw.batch if raw.batch is not None else self.codec.decode(raw)
         clean = not batch.invalid
         x = batch.x if clean else batch.x[batch.valid]
-        predicted = self._predict(x, self._slots(raw, batch, clean)) if len(x) else None
+        given = self.load.given(self.tally.records)
+        predicted = self._predict(x, self._slots(raw, batch, clean), given) if len(x) else None
         answered = dict(self.emit_from) if self.queries is not None else {}
         self._answer(raw, batch, predicted, clean)
         self.positions.update(raw.next_positions())
         if predicted is not None:
             self._remember(batch, predicted, x, clean)
             self.actions.learner.seen(x)
-        self._learn(len(x))
+        self._learn(len(x), given)
         if self.queries is not None and predicted is not None:
             # After the labels: what is known by now is not asked for.
             waits = self.join.waits if self.join is not None and self.labels is not None else None
@@ -95,8 +99,10 @@ class Loop:
         slots = slots_of(raw.keys if len(batch) == len(raw) else [raw.keys[row] for row in batch.rows])
         return slots if clean else slots[batch.valid]
 
-    def _predict(self, x: np.ndarray, slots: NDArray[np.int64] | None) -> Predicted:
-        predicted = self.resident.predict(x, adapt=self.adapt, serve=self.actions.trusted, slots=slots)
+    def _predict(self, x: np.ndarray, slots: NDArray[np.int64] | None, given: bool) -> Predicted:
+        # One that decides by itself answers out of the rows before: withheld, they would be missing from the answers.
+        adapt = self.adapt and (given or self.actions.decides)
+        predicted = self.resident.predict(x, adapt=adapt, serve=self.actions.trusted, slots=slots)
         if predicted.adapt_seconds is not None:
             self.telemetry.adapt_seconds.observe(predicted.adapt_seconds)
         trip = self.monitor.observe(predicted)
@@ -182,7 +188,7 @@ class Loop:
         if inline:
             self.join.offer(Labels([name for name, _ in inline], [y for _, y in inline], [-np.inf] * len(inline)))
 
-    def _learn(self, rows: int) -> None:
+    def _learn(self, rows: int, given: bool) -> None:
         """Late labels, one reading, one decision; its effects begin with the next batch."""
         actions = self.actions
         if self.join is not None:
@@ -197,11 +203,13 @@ class Loop:
             rows=rows,
             value=value,
             drift=self.monitor.watch.drift(),
+            dropped=self.load.dropped or not given,
             trip=actions.take_trip(),
             learner=learnt,
         )
         self.adapt = actions.apply(self.regulator.step(reading), reading, source)
         self.monitor.watch.taken()
+        self.load.dropped = False
 
     def idle(self) -> None:
         """The stream has no more for now: labels that wait for its time are due by the wall clock."""
@@ -223,7 +231,8 @@ class Loop:
             both = self.monitor.loss(usable.both, usable.y)
             self.resident.beside.weigh(losses["adapted"], losses["version"], both)
         self.tally.score(self.monitor, usable)
-        self.resident.learn(usable.x, usable.y, usable.place, usable.epoch)
+        if self.load.adapt_share or self.actions.decides:
+            self.resident.learn(usable.x, usable.y, usable.place, usable.epoch)
         self.actions.learner.add(usable)
 
     def _fetch_labels(self) -> None:
@@ -249,7 +258,7 @@ class Loop:
                 wait_s = 0.05
 
     def _count(self, raw: RawBatch, batch: Batch, predicted: Predicted | None, seconds: float) -> None:
-        telemetry, now = self.telemetry, time.time()
+        telemetry, now, self.load.seconds = self.telemetry, time.time(), seconds
         telemetry.records_in.inc(len(raw))
         telemetry.batch_rows.observe(len(raw))
         telemetry.batch_seconds.observe(seconds)

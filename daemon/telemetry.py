@@ -125,6 +125,17 @@ class Telemetry:
         self.lag = Gauge(
             "homeostat_lag_records", "Records on the broker that are not read yet; NaN when unknown.", **kw
         )
+        self.lag_seconds = Gauge(
+            "homeostat_lag_seconds", "The same in seconds of work at the present rate; NaN when unknown.", **kw
+        )
+        self.overload_step = Gauge(
+            "homeostat_overload_step",
+            "What gives way: 0 nothing, 1 batches grow, 2 adaptation on a sample, 3 none, 4 oldest records skipped.",
+            **kw,
+        )
+        self.records_shed = Counter(
+            "homeostat_records_shed_total", "Records skipped unanswered because of overload (HOMEOSTAT_SHED).", **kw
+        )
         self._in_state = Gauge("homeostat_state", "1 for the controller's state, 0 for the others.", ["state"], **kw)
         self.in_state = {state: self._in_state.labels(state.value) for state in State}
         self.in_state[State.STEADY].set(1)
@@ -216,6 +227,7 @@ class Telemetry:
         self._since = time.monotonic()
         self._state = State.STEADY
         self.lag.set(float("nan"))
+        self.lag_seconds.set(float("nan"))
         for gauge in self.error.values():
             gauge.set(float("nan"))
 
