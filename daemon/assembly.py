@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from daemon.learner import Learner
 from daemon.loop import Loop
 from daemon.monitor import Monitor
 from daemon.opening import Streams, checkpoint_folder, is_simulated, load_bundle, open_streams
+from daemon.overload import Step
 from daemon.queries import Queries
 from daemon.regulator import Regulator
 from daemon.resident import Resident
@@ -64,6 +66,7 @@ class Worker:
             "join": None if loop.join is None else loop.join.state_dict(),
             "learner": loop.actions.learner.state_dict(),
             "tally": loop.tally.state_dict(),
+            "overload": int(loop.load.step),
             "queries": None if loop.queries is None else loop.queries.state_dict(),
         }
 
@@ -78,6 +81,7 @@ class Worker:
             loop.join.load_state_dict(state["join"])
         loop.actions.learner.load_state_dict(state["learner"])
         loop.tally.load_state_dict(state["tally"])
+        loop.load.step = Step(state.get("overload", 0))
         if loop.queries is not None:
             loop.queries.load_state_dict(state.get("queries"))
         loop.actions.resume(loop.regulator.state)
@@ -212,7 +216,7 @@ def build(
     watch = monitor.watch
     telemetry = Telemetry(monitor.signal_names(), list(monitor.deviations()), list(watch.detectors), list(watch.early))
     tally = Tally(outputs=classes or 0)
-    decoder = codec(settings.codec, shape)
+    decoder = codec(settings.codec, shape, settings.registry)
     opened = streams(decoder)
     queries = None
     if opened.ask is not None:
@@ -229,7 +233,7 @@ def build(
         actions=Actions(resident, monitor, learner, telemetry, tally, limits),
         telemetry=telemetry,
         tally=tally,
-        live_times=settings.source.startswith("kafka:"),
+        live_times=settings.source.startswith(("kafka:", "mqtt:", "mqtts:")),
         probabilities=settings.probabilities,
         slots_by_key=settings.slots == "key",
         queries=queries,
@@ -270,8 +274,11 @@ def _without_slow(limits: Any) -> Any:
     return replace(limits, slow_enabled=False)
 
 
-def warm_up(worker: Worker) -> None:
-    """Run the first, slow passes before the first record comes; state is put back to exactly what it was."""
+def warm_up(worker: Worker) -> float:
+    """Run the first, slow passes before the first record comes; state is put back to exactly what it was.
+
+    Returns the seconds that a row of the last of them took.
+    """
     resident = worker.loop.resident
     shape = tuple(worker.bundle.manifest.input_shape)
     exemplars = worker.bundle.reference.exemplars_x[:8].cpu().numpy()
@@ -281,5 +288,8 @@ def warm_up(worker: Worker) -> None:
     resident.set_gain(1.0)
     resident.predict(exemplars, adapt=True, serve=True)
     resident.load_state_dict(before)
+    started = time.monotonic()
     resident.predict(exemplars, adapt=False, serve=True)
+    seconds = (time.monotonic() - started) / len(exemplars)
     resident.load_state_dict(before)
+    return seconds

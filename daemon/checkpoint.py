@@ -9,6 +9,7 @@ or the new one. A damaged file is refused by name and the one before it is used.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 import crc32c
 import msgspec
 import numpy as np
+import structlog
 
 from daemon.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = structlog.get_logger("homeostat.checkpoint")
 
 MAGIC = b"HOMEOST\x00"
 SCHEMA = 1
@@ -43,6 +47,8 @@ class Snapshot:
     positions: dict[str, int]
     label_positions: dict[str, int]
     state: dict[str, Any]
+    topic_id: str = ""
+    """Of the topic that the positions belong to: one made anew under its name has another."""
     path: Path | None = None
 
 
@@ -124,6 +130,38 @@ class Store:
             raise CheckpointError(f"HOMEOSTAT_CHECKPOINT__DIR={folder}: {error.strerror}") from None
         self.refused: list[str] = []
         """Why files were passed over by `newest`, one line each."""
+        self._lock: int | None = None
+
+    def lock(self) -> None:
+        """Keep the folder to this process, as long as it lives.
+
+        Raises:
+            CheckpointError: another process has it.
+        """
+        try:
+            file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            # A folder that can't be written: `write` says so, again and again, and the stream goes on.
+            log.error("folder of checkpoints not locked", folder=str(self.folder), error=str(error))
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 20).decode("ascii", "replace").strip() or "unknown"
+            os.close(file)
+            raise CheckpointError(
+                f"{self.folder} is in use by another homeostat (process {holder}): stop that one, or give this one a "
+                "folder of its own by HOMEOSTAT_STATE_DIR"
+            ) from None
+        os.truncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
+        self._lock = file
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def files(self) -> list[Path]:
         """Snapshots, newest first."""
@@ -144,6 +182,7 @@ class Store:
                 "positions": snapshot.positions,
                 "label_positions": snapshot.label_positions,
                 "state": snapshot.state,
+                "topic_id": snapshot.topic_id,
             }
         )
         path = self.folder / f"checkpoint-{snapshot.sequence:012d}.bin"

@@ -37,6 +37,10 @@ class DeliveryError(HomeostatError):
     exit_code = 3
 
 
+class TransactionError(DeliveryError):
+    """A transaction was not committed: its answers and offsets are void, and state has to go back to the checkpoint."""
+
+
 class CheckpointError(HomeostatError):
     """A checkpoint file is damaged or belongs to another configuration."""
 

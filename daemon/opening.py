@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import structlog
 
 from daemon.bundle import Bundle, open_bundle
 from daemon.errors import SettingsError
+from daemon.identity import worker_name
 from daemon.queries import Ask
 from daemon.settings import Settings
+from daemon.stream_settings import Mqtt
 from daemon.streams import open_labels, open_sink, open_source
 from daemon.streams.base import LabelSource, Sink, Source
 from daemon.streams.codecs import Codec
+from daemon.streams.mqtt_address import check_no_circle
 
 log = structlog.get_logger("homeostat")
 
@@ -86,8 +90,15 @@ def dead_letters_url(settings: Settings) -> str:
 def open_label_stream(settings: Settings) -> LabelSource | None:
     """The label stream that the settings name; the simulator's own when they name none."""
     if settings.labels:
-        return open_labels(settings.labels, kafka=settings.kafka)
+        return open_labels(settings.labels, kafka=settings.kafka, mqtt=_mqtt(settings))
     return open_labels(settings.source, variable="HOMEOSTAT_SOURCE") if is_simulated(settings) else None
+
+
+def _mqtt(settings: Settings) -> Mqtt:
+    """MQTT's settings, with the worker's own name where none is given."""
+    if settings.mqtt.client_id != "auto":
+        return settings.mqtt
+    return settings.mqtt.model_copy(update={"client_id": f"homeostat-{worker_name(settings.state_dir)}"})
 
 
 def open_streams(settings: Settings, decoder: Codec) -> Streams:
@@ -96,12 +107,60 @@ def open_streams(settings: Settings, decoder: Codec) -> Streams:
     Raises:
         HomeostatError: naming the variable that is wrong.
     """
+    urls = (settings.source, settings.sink, settings.labels, settings.dead_letters, settings.label_queries)
+    if any(url.startswith("kafka:") for url in urls):
+        from daemon.streams.security import check_security
+
+        if problems := check_security(settings.kafka):
+            raise SettingsError(problems)
     labels, dead, queries = open_label_stream(settings), dead_letters_url(settings), settings.label_queries
     if queries:
         _check_queries(settings)
-    sink = open_sink(settings.sink, dead_letters_url=dead, queries_url=queries, kafka=settings.kafka)
-    source = open_source(settings.source, decoder, kafka=settings.kafka)
+    outputs = {"SINK": settings.sink, "DEAD_LETTERS": dead, "LABEL_QUERIES": queries}
+    check_no_circle(settings.source, {f"HOMEOSTAT_{name}": url for name, url in outputs.items()})
+    kafka, name = settings.kafka, worker_name(settings.state_dir)
+    if kafka.instance_id == "auto":
+        kafka = kafka.model_copy(update={"instance_id": name})
+    transactional_id = ""
+    if settings.delivery == "exactly-once":
+        _check_exactly_once(settings, dead)
+        transactional_id = f"homeostat-{kafka.group}-{kafka.instance_id or name}"
+    sink = open_sink(
+        settings.sink,
+        dead_letters_url=dead,
+        queries_url=queries,
+        kafka=kafka,
+        mqtt=_mqtt(settings),
+        transactional_id=transactional_id,
+    )
+    source = open_source(settings.source, decoder, kafka=kafka, mqtt=_mqtt(settings))
     return Streams(source, sink, labels, dead, sink.send_queries if queries else None)
+
+
+def _check_exactly_once(settings: Settings, dead: str) -> None:
+    """Refuse what one transaction can't hold together.
+
+    Raises:
+        SettingsError: answers, dead letters or questions go elsewhere than to the source's Kafka, or nothing is kept.
+    """
+    problems = []
+    given = [("SOURCE", settings.source), ("SINK", settings.sink), ("DEAD_LETTERS", dead)]
+    given += [("LABEL_QUERIES", settings.label_queries)] if settings.label_queries else []
+    broker = urlsplit(settings.source).netloc
+    for name, url in given:
+        if name == "DEAD_LETTERS" and url == "null:":
+            continue
+        if not url.startswith("kafka:") or urlsplit(url).netloc != broker:
+            problems.append(
+                f"HOMEOSTAT_{name}={url}: with HOMEOSTAT_DELIVERY=exactly-once it has to be on the source's Kafka"
+            )
+    if checkpoint_folder(settings) is None:
+        problems.append(
+            f"HOMEOSTAT_CHECKPOINT={settings.checkpoint.dir}: with HOMEOSTAT_DELIVERY=exactly-once state has to be "
+            "kept, or records whose answers were void would be learnt from twice"
+        )
+    if problems:
+        raise SettingsError(problems)
 
 
 def _check_queries(settings: Settings) -> None:

@@ -18,7 +18,7 @@ class Progress:
         self._gauge = gauge
         self._at = time.monotonic()
         self.waiting: str | None = None
-        """What the sink is waited for; None while it takes answers."""
+        """What is waited for; None while everything takes and gives."""
 
     def moved(self) -> None:
         """An offset moved, or there was nothing to do."""
@@ -29,7 +29,7 @@ class Progress:
     def wait(self, reason: str) -> None:
         """Nothing moves, and that is not this process's fault."""
         if self.waiting is None:
-            log.warning("waiting for the sink", reason=reason)
+            log.warning("waiting", reason=reason)
         self.waiting = reason
         self._at = time.monotonic()
 

@@ -14,7 +14,7 @@ from daemon.errors import StreamError
 from daemon.streams.base import AskingSink, LabelSource, NullSink, Sink, Source, SplitSink
 
 if TYPE_CHECKING:
-    from daemon.settings import KafkaClient
+    from daemon.stream_settings import KafkaClient, Mqtt
     from daemon.streams.codec_base import Codec
 
 __all__ = [
@@ -33,45 +33,60 @@ _SOURCES = {
     "file": "daemon.streams.files:FileSource",
     "-": "daemon.streams.files:FileSource",
     "kafka": "daemon.streams.kafka:KafkaSource",
+    "mqtt": "daemon.streams.mqtt:MqttSource",
+    "mqtts": "daemon.streams.mqtt:MqttSource",
     "sim": "daemon.streams.simsource:SimSource",
 }
 _SINKS = {
     "file": "daemon.streams.files:FileSink",
     "-": "daemon.streams.files:FileSink",
     "kafka": "daemon.streams.kafka_sink:KafkaSink",
+    "mqtt": "daemon.streams.mqtt_sink:MqttSink",
+    "mqtts": "daemon.streams.mqtt_sink:MqttSink",
     "null": "daemon.streams.base:NullSink",
 }
 _LABELS = {
     "file": "daemon.streams.files:FileLabels",
     "-": "daemon.streams.files:FileLabels",
     "kafka": "daemon.streams.kafka_labels:KafkaLabels",
+    "mqtt": "daemon.streams.mqtt_labels:MqttLabels",
+    "mqtts": "daemon.streams.mqtt_labels:MqttLabels",
     "sim": "daemon.streams.simsource:SimLabels",
 }
+_BROKERS = ("kafka", "mqtt", "mqtts")
+"""What goes to one of these at one address goes through one client."""
 _EXAMPLES = {
     "file": "file:rows.jsonl",
     "-": "-",
     "kafka": "kafka://127.0.0.1:9092/topic",
+    "mqtt": "mqtt://127.0.0.1/plant/line-1",
     "null": "null:",
     "sim": "sim://ageing?rate=1000&seed=7",
 }
 
 
 def open_source(
-    url: str, codec: Codec, *, variable: str = "HOMEOSTAT_SOURCE", kafka: KafkaClient | None = None
+    url: str,
+    codec: Codec,
+    *,
+    variable: str = "HOMEOSTAT_SOURCE",
+    kafka: KafkaClient | None = None,
+    mqtt: Mqtt | None = None,
 ) -> Source:
-    """The source at ``url``: file:, - (standard input), kafka:// or sim://.
+    """The source at ``url``: file:, - (standard input), kafka://, mqtt(s):// or sim://.
 
     Args:
         url: where the records are.
         codec: decodes them, and knows what shape the model takes.
         variable: the setting that holds the URL, for the messages.
         kafka: settings of the Kafka clients; needed for kafka:// alone.
+        mqtt: settings of the MQTT clients; needed for mqtt:// and mqtts:// alone.
 
     Raises:
         StreamError: the URL can't be used.
     """
     scheme = _scheme(url, variable, _SOURCES)
-    more = {"kafka": (kafka,), "sim": ()}.get(scheme, (codec,))
+    more = {"kafka": (kafka,), "mqtt": (mqtt,), "mqtts": (mqtt,), "sim": ()}.get(scheme, (codec,))
     source: Source = _load(_SOURCES[scheme])(url, *more, variable=variable)
     return source
 
@@ -85,10 +100,12 @@ def open_sink(
     dead_letters_variable: str = "HOMEOSTAT_DEAD_LETTERS",
     queries_variable: str = "HOMEOSTAT_LABEL_QUERIES",
     kafka: KafkaClient | None = None,
+    mqtt: Mqtt | None = None,
+    transactional_id: str = "",
 ) -> AskingSink:
-    """One sink for answers, dead letters and questions: each file:, - (standard output), kafka:// or null:.
+    """One sink for answers, dead letters, questions: each file:, - (standard output), kafka://, mqtt(s):// or null:.
 
-    What goes to one Kafka goes through one producer.
+    What goes to one Kafka goes through one producer, what goes to one MQTT broker through one client.
 
     Args:
         url: where the answers go.
@@ -98,6 +115,7 @@ def open_sink(
         dead_letters_variable: the same for ``dead_letters_url``.
         queries_variable: the same for ``queries_url``.
         kafka: settings of the Kafka clients; needed for kafka:// alone.
+        mqtt: settings of the MQTT clients; needed for mqtt:// and mqtts:// alone.
 
     Raises:
         StreamError: a URL can't be used, or two of them name one file or topic.
@@ -105,26 +123,27 @@ def open_sink(
     given = [(variable, url), (dead_letters_variable, dead_letters_url)]
     given += [(queries_variable, queries_url)] if queries_url else []
     schemes = [_scheme(each, name, _SINKS) for name, each in given]
-    brokers = {urlsplit(each).netloc for (_, each), scheme in zip(given, schemes, strict=True) if scheme == "kafka"}
-    producers = {
-        broker: _load(_SINKS["kafka"])(
-            url if _is_at(broker, url) else "",
-            kafka,
-            dead_letters_url=dead_letters_url if _is_at(broker, dead_letters_url) else "",
-            queries_url=queries_url if _is_at(broker, queries_url) else "",
+    brokers = {_broker(each) for (_, each), scheme in zip(given, schemes, strict=True) if scheme in _BROKERS}
+    clients = {
+        broker: _load(_SINKS[broker[0]])(
+            url if _broker(url) == broker else "",
+            kafka if broker[0] == "kafka" else mqtt,
+            dead_letters_url=dead_letters_url if _broker(dead_letters_url) == broker else "",
+            queries_url=queries_url if _broker(queries_url) == broker else "",
             variable=variable,
+            **({"transactional_id": transactional_id} if broker[0] == "kafka" else {}),
         )
         for broker in brokers
     }
     sinks = [
-        producers[urlsplit(each).netloc] if scheme == "kafka" else _sink(scheme, each, name)
+        clients[_broker(each)] if scheme in _BROKERS else _sink(scheme, each, name)
         for (name, each), scheme in zip(given, schemes, strict=True)
     ]
     places: dict[str, str] = {}
     for (name, each), scheme, sink in zip(given, schemes, sinks, strict=True):
-        place = each.rstrip("/") if scheme == "kafka" else getattr(sink, "path", "")
+        place = each.rstrip("/") if scheme in _BROKERS else getattr(sink, "path", "")
         if place in places and (scheme == "file" or name == queries_variable):
-            kind = "topic" if scheme == "kafka" else "file"
+            kind = "topic" if scheme in _BROKERS else "file"
             problem = f"{places[place]} names the same {kind}; answers, dead letters and questions each need their own"
             raise StreamError(f"{name}={each}: {problem}")
         if place:
@@ -132,18 +151,21 @@ def open_sink(
     return sinks[0] if len(set(map(id, sinks))) == 1 else SplitSink(*sinks)
 
 
-def _is_at(broker: str, url: str) -> bool:
-    return url.startswith("kafka:") and urlsplit(url).netloc == broker
+def _broker(url: str) -> tuple[str, str]:
+    """Scheme and address."""
+    return url.partition(":")[0], urlsplit(url).netloc
 
 
-def open_labels(url: str, *, variable: str = "HOMEOSTAT_LABELS", kafka: KafkaClient | None = None) -> LabelSource:
-    """The late labels at ``url``: file:, - (standard input), kafka:// or sim://.
+def open_labels(
+    url: str, *, variable: str = "HOMEOSTAT_LABELS", kafka: KafkaClient | None = None, mqtt: Mqtt | None = None
+) -> LabelSource:
+    """The late labels at ``url``: file:, - (standard input), kafka://, mqtt(s):// or sim://.
 
     Raises:
         StreamError: the URL can't be used.
     """
     scheme = _scheme(url, variable, _LABELS)
-    more = (kafka,) if scheme == "kafka" else ()
+    more = {"kafka": (kafka,), "mqtt": (mqtt,), "mqtts": (mqtt,)}.get(scheme, ())
     labels: LabelSource = _load(_LABELS[scheme])(url, *more, variable=variable)
     return labels
 
@@ -157,7 +179,7 @@ def _scheme(url: str, variable: str, openers: dict[str, str]) -> str:
     scheme = "-" if url.partition("?")[0] == "-" else url.partition(":")[0]
     if scheme in openers:
         return scheme
-    right = ", ".join(_EXAMPLES[known] for known in openers)
+    right = ", ".join(_EXAMPLES[known] for known in openers if known in _EXAMPLES)
     if ":" in url:
         raise StreamError(f"{variable}={url}: {scheme}: can't be used here; right would be one like {right}")
     near = f"; for the file of that name, file:{url}" if url else ""

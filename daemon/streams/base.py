@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from daemon.records import DeadLetter, Labels, Positions, RawBatch
 from daemon.streams.resume import Start
@@ -55,11 +55,39 @@ class SharedSource(Source, Protocol):
     checkpoint_id: str
     """Line of descent of the checkpoint that ``open`` gets its positions from."""
 
+    topic_id: str
+    """Of the topic that is read; set before ``open`` to that which the positions belong to, empty where unknown."""
+    uncommitted: bool
+    """Whether the last commit failed."""
+
     def take_starts(self) -> dict[str, Start]:
         """Where newly assigned partitions go on, since the last call."""
 
     def take_revoked(self) -> tuple[set[str], set[str]]:
         """Partitions given up since the last call: (revoked: finish and commit them, lost: drop them)."""
+
+    def offsets(self, positions: Positions, note: str) -> dict[Any, Any]:
+        """What a transaction commits for those of ``positions`` that are this worker's, in the client's own types."""
+
+    def group_metadata(self) -> Any:
+        """This worker's membership as the broker knows it now, so that it can refuse one that is a member no more."""
+
+
+@runtime_checkable
+class AcknowledgedSource(Protocol):
+    """Records or labels that a broker goes on sending only as earlier ones are committed."""
+
+    @property
+    def wants_commit(self) -> bool:
+        """Whether a checkpoint should come before its time."""
+
+
+@runtime_checkable
+class AcknowledgedLabels(Protocol):
+    """Labels that have to be committed."""
+
+    def commit(self, positions: Positions) -> None:
+        """Acknowledge what lies before ``positions``."""
 
 
 class Sink(Protocol):
@@ -114,6 +142,32 @@ class PatientSink(Sink, Protocol):
 
     waiting: Callable[[str], None]
     """Called again and again meanwhile, with the reason; may raise to give up."""
+
+
+@runtime_checkable
+class TransactionalSink(Sink, Protocol):
+    """A sink whose answers, and the offsets of what they answer, become visible together or not at all.
+
+    A transaction begins with the first thing sent and is ended beside the caller; what is sent meanwhile waits.
+    """
+
+    @property
+    def ending(self) -> bool:
+        """Whether a transaction is being ended."""
+
+    def end(self, offsets: dict[Any, Any], group: Any) -> None:
+        """Begin to commit all that was sent, and ``offsets`` for the member ``group``."""
+
+    def verify(self) -> None:
+        """Raise TransactionError when the last one was not committed."""
+
+    def settle(self, timeout_s: float) -> None:
+        """Return when no transaction is being ended.
+
+        Raises:
+            TimeoutError: not yet; call again.
+            TransactionError: it was not committed.
+        """
 
 
 class LabelSource(Protocol):

@@ -8,22 +8,23 @@ before anybody else reads it.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
 from kafka import KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
-from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import OffsetAndMetadata
 
 from daemon.records import Positions, RawBatch
-from daemon.settings import KafkaClient
-from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of, reachable
+from daemon.stream_settings import KafkaClient
+from daemon.streams.bulk.install import install
+from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of
+from daemon.streams.kafka_group import Rebalance, add_rows, offsets_of
+from daemon.streams.kafka_waiting import KeepAlive, skip
 from daemon.streams.resume import Start, resume
+from daemon.streams.topic_watch import BrokerProbe, StableEnds, TopicWatch
 
 log = structlog.get_logger("homeostat.kafka")
 
@@ -32,33 +33,8 @@ _ASK_MS = 10_000
 """Longest wait for one answer of the broker, well under the time after which liveness fails."""
 
 
-class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Notes what the network thread saw; nothing here may block."""
-
-    def __init__(self, pause: Callable[[TopicPartition], None]) -> None:
-        self._pause = pause
-        self.assigned: list[TopicPartition] = []
-        self.revoked: list[TopicPartition] = []
-        self.lost: list[TopicPartition] = []
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        for partition in assigned:
-            self._pause(partition)
-            self.assigned.append(partition)
-
-    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        self.revoked.extend(revoked)
-
-    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        self.lost.extend(lost)
-
-
 class KafkaSource:
-    """Reads a topic as a member of a consumer group.
-
-    Offsets are committed by `commit` alone, never by the client. Where a partition starts is decided by
-    ``daemon.streams.resume`` from the checkpoint's offset and the group's.
-    """
+    """Reads a topic as a member of a consumer group; offsets are committed by `commit` alone, never by the client."""
 
     ended = False
 
@@ -73,9 +49,23 @@ class KafkaSource:
         self._starts: dict[str, Start] = {}
         self.checkpoint_id = ""
         """Line of descent of the checkpoint that `open` gets its positions from."""
-        self._broker_seen = time.monotonic()
-        self._broker_up = True
-        self._probe: threading.Thread | None = None
+        self.topic = TopicWatch(self._address)
+        """Set its ``topic_id`` before `open` to that of the topic which the positions belong to."""
+        self._anew: set[TopicPartition] = set()
+        """To be placed as in a topic that nobody has read: it was deleted and made again under us."""
+        self._ends = StableEnds()
+        self._alive = KeepAlive()
+        self.uncommitted = False
+        self._probe = BrokerProbe(self._address, settings)
+
+    @property
+    def topic_id(self) -> str:
+        """Of the topic that is read; empty where the broker does not tell."""
+        return self.topic.topic_id
+
+    @topic_id.setter
+    def topic_id(self, topic_id: str) -> None:
+        self.topic.topic_id = topic_id
 
     def check(self) -> None:
         """Reach the broker and the topic; nothing is joined.
@@ -93,6 +83,7 @@ class KafkaSource:
         """Join the group. ``positions`` come from the newest checkpoint."""
         settings = self._settings
         self._file = dict(positions or {})
+        self._placed, self._leaving, self._starts = set(), set(), {}
         self._consumer = connect(
             KafkaConsumer,
             self._address,
@@ -108,9 +99,16 @@ class KafkaSource:
             partition_assignment_strategy=(CooperativeStickyAssignor(),),
             isolation_level="read_committed",
             fetch_max_wait_ms=100,
+            metadata_max_age_ms=settings.metadata_max_age_ms,
         )
-        existing_partitions(self._consumer, self._address)
-        self._listener = _Rebalance(self._consumer.pause)
+        why = install(self._consumer) if settings.bulk == "auto" else "HOMEOSTAT_KAFKA__BULK=off"
+        self._bulk = why is None
+        if why is not None:
+            log.info("records are read one by one", reason=why)
+        self._anew = set()
+        if self.topic.open(self._consumer, existing_partitions(self._consumer, self._address)):
+            self._begin_anew()
+        self._listener = Rebalance(self._consumer.pause)
         self._consumer.subscribe([self._address.topic], listener=self._listener)
 
     def poll(self, max_rows: int, timeout_s: float) -> RawBatch:
@@ -122,6 +120,10 @@ class KafkaSource:
         except kafka_errors.OffsetOutOfRangeError as error:
             self._out_of_range(error.args[0])
             records = _NO_RECORDS
+        except kafka_errors.LogTruncationError as error:
+            # Fewer records than were read: a leader that lacked some took over, or the topic was made anew.
+            self._out_of_range({part: self._consumer.position(part) for part in error.divergent_offsets})
+            records = _NO_RECORDS
         except kafka_errors.KafkaError as error:
             if not error.retriable:
                 raise self._address.error(f"{type(error).__name__}: {error}") from None
@@ -130,18 +132,24 @@ class KafkaSource:
             records = _NO_RECORDS
         # Only what was placed before this poll: records of a partition that is placed now are asked for again.
         placed = set(self._placed)
-        if self._listener.assigned:
+        if self.topic.look():
+            self._begin_anew()
+            records = _NO_RECORDS
+        if self.topic.left_out():
+            log.warning("topic is back and its partitions are not given out: joining again", topic=self._address.topic)
+            self._consumer.unsubscribe()
+            self._consumer.subscribe([self._address.topic], listener=self._listener)
+        if records:
+            self._ends.heard()
+        # One that was lost and given back meanwhile is first given up by `take_revoked`.
+        if self._listener.assigned and not (self._listener.revoked or self._listener.lost):
             self._place_all()
         raw = RawBatch(arrived=time.monotonic())
         for partition, rows in records.items():
             if partition not in placed:
                 continue
-            raw.values += [row.value for row in rows]
-            raw.keys += [row.key for row in rows]
-            raw.times_s += [row.timestamp / 1000 for row in rows]
-            raw.offsets += [row.offset for row in rows]
-            raw.partitions += [name_of(partition)] * len(rows)
-        self._watch_broker(bool(records))
+            add_rows(raw, name_of(partition), rows, packed=self._bulk)
+        self._probe.watch(bool(records))
         return raw
 
     def _place_all(self) -> None:
@@ -155,48 +163,81 @@ class KafkaSource:
                 raise self._address.error(f"{type(error).__name__}: {error}") from None
             log.warning("partition not placed yet, trying again", error=str(error), topic=self._address.topic)
 
+    def _begin_anew(self) -> None:
+        """The topic is another by now: place its partitions again, and not by offsets of the old one."""
+        self.topic.recreated(self._settings.out_of_range)
+        self._file, self._anew = {}, set(self._placed)
+        if self._placed:
+            again = sorted(self._placed - set(self._listener.assigned))
+            self._consumer.pause(*again)
+            self._placed.clear()
+            self._listener.assigned += again
+
     def _place(self, assigned: list[TopicPartition]) -> None:
         """Seek every newly assigned partition to where it has to go on, and let it flow."""
         consumer = self._consumer
         while assigned:
             partition = assigned[0]
             if partition in consumer.assignment():
+                name, start_at = name_of(partition), str(self._settings.start)
                 group = consumer.committed(partition, metadata=True, timeout_ms=_ASK_MS)
+                if partition in self._anew:
+                    group = None  # the broker forgot it with the topic; what is there came too late from ourselves
+                if group is None and name not in self._file:
+                    start_at = self.topic.begins(partition, self._file, start_at)
                 first = consumer.beginning_offsets([partition], timeout_ms=_ASK_MS)[partition]
                 end = consumer.end_offsets([partition], timeout_ms=_ASK_MS)[partition]
                 start = resume(
-                    name_of(partition),
-                    file=self._file.get(name_of(partition)),
+                    name,
+                    file=self._file.get(name),
                     file_id=self.checkpoint_id,
                     group=None if group is None else group.offset,
                     note="" if group is None else group.metadata or "",
                     first=first,
                     end=end,
                     max_rebuild=self._settings.max_rebuild,
-                    start=self._settings.start,
+                    start=start_at,
                     out_of_range=self._settings.out_of_range,
                 )
-                log.info("partition assigned", partition=name_of(partition), **start._asdict())
-                self._starts[name_of(partition)] = start
+                log.info("partition assigned", partition=name, **start._asdict())
+                self._starts[name] = start
                 consumer.seek(partition, start.offset)
                 consumer.resume(partition)
                 self._placed.add(partition)
+                self._anew.discard(partition)
             assigned.pop(0)
 
     def _out_of_range(self, offsets: dict[TopicPartition, int]) -> None:
         """A reader that fell behind the topic's retention (or a truncated topic): jump only where that is allowed."""
         policy = self._settings.out_of_range
+        if self.topic.look():
+            return self._begin_anew()
         for partition, offset in offsets.items():
             if policy == "fail":
                 raise self._address.error(
-                    f"offset {offset} of {name_of(partition)} is no longer on the broker: its records were deleted. "
-                    "Set HOMEOSTAT_KAFKA__OUT_OF_RANGE=earliest (or latest) to go on without them"
+                    f"offset {offset} of {name_of(partition)} is not on the broker: its records were deleted, or the "
+                    "topic was. Set HOMEOSTAT_KAFKA__OUT_OF_RANGE=earliest (or latest) to go on without them"
                 )
             bounds = self._consumer.beginning_offsets if policy == "earliest" else self._consumer.end_offsets
-            target = bounds([partition])[partition]
+            try:
+                target = bounds([partition], timeout_ms=_ASK_MS)[partition]
+            except kafka_errors.KafkaError as error:
+                # The next poll runs into the same offset.
+                log.warning("offset out of range, and the broker does not say where to go on", error=str(error))
+                return
             log.error("offset out of range: jumping", partition=name_of(partition), wanted=offset, start=target)
             self._starts[name_of(partition)] = Start(target, target, max(0, target - offset), "out of range")
             self._consumer.seek(partition, target)
+
+    def keep_alive(self) -> None:
+        """Stay a member without taking records; to be called again and again while nothing is polled."""
+        seen = self._listener
+        leaving = {*seen.revoked, *self._leaving}
+        self._alive.step(self._consumer, self._placed, leaving, lambda: {*seen.assigned, *seen.revoked, *seen.lost})
+
+    def skip(self, rows: int) -> dict[str, tuple[int, int]]:
+        """Skip up to ``rows`` records not yet returned, the oldest of each partition; its offset before and after."""
+        return skip(self._consumer, self._placed, rows)
 
     def take_revoked(self) -> tuple[set[str], set[str]]:
         """Partitions given up since the last call: (revoked: finish and commit them, lost: drop them)."""
@@ -221,55 +262,35 @@ class KafkaSource:
 
         A worker that waits for its partitions is not at the end of its stream: it doesn't know where it stands.
         """
-        if not self._placed:
-            return None
-        total = 0
-        try:
-            for partition in self._consumer.assignment():
-                highwater = self._consumer.highwater(partition)
-                if highwater is None or partition not in self._placed:
-                    return None
-                total += max(0, highwater - (self._consumer.position(partition, timeout_ms=0) or 0))
-        except (kafka_errors.IllegalStateError, kafka_errors.KafkaTimeoutError):
-            # Taken away by the network's thread between two lines, or to be asked of a broker that is away.
-            return None
-        return total
+        return self._ends.lag(self._consumer, self._placed) if self._placed else None
+
+    def offsets(self, positions: Positions, note: str) -> dict[TopicPartition, OffsetAndMetadata]:
+        """What is committed for those of ``positions`` that are this worker's."""
+        # A checkpoint remembers partitions that are another worker's by now: its offsets must not go backwards.
+        offsets = offsets_of(positions, note, self._placed | self._leaving)
+        # A partition that moves away and comes back goes on from here, not from the checkpoint of the start.
+        self._file |= {name_of(partition): item.offset for partition, item in offsets.items()}
+        return offsets
+
+    def group_metadata(self) -> Any:
+        """This worker's membership, by which the broker refuses the transaction of one that is a member no more."""
+        return self._consumer.group_metadata()
 
     def commit(self, positions: Positions, note: str) -> None:
         """Commit to the group. A commit that fails is repeated by the next checkpoint: the file is the truth."""
-        offsets = {}
-        for name, offset in positions.items():
-            topic, _, number = name.rpartition("/")
-            partition = TopicPartition(topic, int(number)) if topic == self._address.topic else None
-            # A checkpoint remembers partitions that are another worker's by now: its offsets must not go backwards.
-            if partition in self._placed or partition in self._leaving:
-                offsets[partition] = OffsetAndMetadata(offset, note, -1)
+        offsets = self.offsets(positions, note)
         if not offsets:
             return
-        # A partition that moves away and comes back goes on from here, not from the checkpoint of the start.
-        self._file |= {name_of(partition): item.offset for partition, item in offsets.items()}
         try:
             self._consumer.commit(offsets, timeout_ms=5_000)
+            self.uncommitted = False
         except kafka_errors.KafkaError as error:
+            self.uncommitted = True
             log.warning("commit failed, the next checkpoint repeats it", error=f"{type(error).__name__}: {error}")
 
     def ready(self) -> bool:
         """Whether partitions are assigned and a broker answers. A worker without a partition is not ready."""
-        return bool(self._placed) and self._broker_up
-
-    def _watch_broker(self, answered: bool) -> None:
-        now = time.monotonic()
-        if answered:
-            self._broker_seen, self._broker_up = now, True
-        elif now - self._broker_seen > 2.0 and (self._probe is None or not self._probe.is_alive()):
-            # An idle topic and a dead broker look the same from `poll`; a connection tells. In a thread of its own:
-            # a host that swallows packets would hold the loop for the time-out.
-            self._broker_seen = now
-            self._probe = threading.Thread(target=self._try_broker, name="broker-probe", daemon=True)
-            self._probe.start()
-
-    def _try_broker(self) -> None:
-        self._broker_up = reachable(self._address.servers)
+        return bool(self._placed) and self._probe.up and not self.topic.gone
 
     def close(self) -> None:
         """Leave the group."""

@@ -8,9 +8,10 @@ import pytest
 from kafka import TopicPartition
 
 from daemon.errors import StreamError
-from daemon.settings import KafkaClient
-from daemon.streams.kafka import KafkaSource, _Rebalance
+from daemon.stream_settings import KafkaClient
+from daemon.streams.kafka import KafkaSource
 from daemon.streams.kafka_client import Address
+from daemon.streams.kafka_group import Rebalance
 
 
 class Recorder:
@@ -30,7 +31,7 @@ class Recorder:
 def source() -> KafkaSource:
     made = KafkaSource("kafka://127.0.0.1:9/t", KafkaClient())
     made._consumer = Recorder()
-    made._listener = _Rebalance(made._consumer.pause)
+    made._listener = Rebalance(made._consumer.pause)
     made._placed = {TopicPartition("t", 0), TopicPartition("t", 1)}
     return made
 

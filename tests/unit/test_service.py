@@ -13,11 +13,17 @@ from daemon.errors import CheckpointError
 from daemon.service import FORCED_EXIT, Service
 from tests.unit.worlds import MemorySource, records, worker
 
+_EARLIER: list[Service] = []
+
 
 def started(folder: Path, count: int = 100, *, sizes: list[int] | None = None, **changes: Any) -> Service:
+    """A service as a new process would start it: those before it are dead, and hold nothing any more."""
+    while _EARLIER:
+        _EARLIER.pop().commits.close()
     made = worker(folder, **changes)
     made.source = MemorySource(records(count), sizes)
     service = Service(made)
+    _EARLIER.append(service)
     service.start()
     return service
 
@@ -106,14 +112,14 @@ def test_a_checkpoint_that_can_not_be_written_commits_nothing_and_the_stream_goe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = started(tmp_path, checkpoint={"every_batches": 1})
-    write, full = service.store.write, [True]  # type: ignore[union-attr]
+    write, full = service.commits.store.write, [True]  # type: ignore[union-attr]
 
     def on_a_full_disk(snapshot: checkpoint.Snapshot) -> Path:
         if full[0]:
             raise OSError(28, "No space left on device")
         return write(snapshot)
 
-    monkeypatch.setattr(service.store, "write", on_a_full_disk)
+    monkeypatch.setattr(service.commits.store, "write", on_a_full_disk)
     service.turn()
     service.turn()
     assert len(service.worker.sink.values) == 64 and service.worker.source.committed == []
@@ -128,7 +134,7 @@ def test_while_the_sink_is_away_nothing_is_committed_and_the_service_is_alive_bu
     service.worker.sink.refusing = True
     service.turn()
     assert service.worker.source.committed == []
-    assert service.progress.alive()[0] and service.ready() == (False, "waiting for the sink: the sink is away")
+    assert service.progress.alive()[0] and service.ready() == (False, "waiting: the sink is away")
     service.worker.sink.refusing = False
     assert service.save() and service.ready() == (True, "ready")
     assert service.worker.source.committed == [{"mem/0": 32}]
