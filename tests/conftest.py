@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["tests.kafka", "tests.skips"]
+pytest_plugins = ["tests.kafka", "tests.skips", "tests.sweeps"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -82,7 +82,7 @@ def test_a_drain_that_can_not_deliver_ends_with_3_and_a_second_signal_ends_it_wi
             daemon.wait_for("homeostat_records_out_total", 2)
         # Without the topic's metadata the client can't even take the answer: the loop itself waits.
         write(fresh, "after")
-        eventually("it waits for the sink", lambda: "waiting for the sink" in fresh.log)
+        eventually("it waits for the sink", lambda: '"event": "waiting"' in fresh.log)
         assert fresh.get("/healthz")[0] == 200
         assert fresh.get("/readyz")[0] == 503
 

@@ -16,6 +16,9 @@ from detectors.adwin import ADWIN
 from detectors.base import F64, Detector
 from detectors.cusum import CUSUM
 
+pytestmark = pytest.mark.sweep
+
+
 NAMES = detectors.names()
 ALARMING = [name for name in NAMES if not detectors.build(name).advisory]
 

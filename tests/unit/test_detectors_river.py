@@ -16,6 +16,9 @@ from river.drift import binary
 import detectors
 from detectors.base import F64
 
+pytestmark = pytest.mark.sweep
+
+
 NAMES = ["ddm", "eddm", "fhddm", "hddm_a", "hddm_w", "kswin", "page_hinkley"]
 
 

@@ -25,6 +25,9 @@ from tests.check_adapter import (
     same,
 )
 
+pytestmark = pytest.mark.sweep
+
+
 _BY_REASON: list[tuple[set[str], str]] = [
     (set(), "none cotta psmt rna label_shift"),
     (WITHOUT_BATCH_NORM, "norm alpha_norm ada_mix_norm ema_norm unmix_norm iabn note rotta"),

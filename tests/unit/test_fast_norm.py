@@ -19,6 +19,8 @@ from adapters.fast.core.batch_statistics import (
 from adapters.fast.core.slots import Groups
 from adapters.fast.core.vector_slots import Crowd, VectorSlots
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

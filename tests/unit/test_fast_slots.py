@@ -14,6 +14,8 @@ from adapters.fast.core.slots import SlotStore
 from tests.check_adapter import MODELS, Subject, same
 from tests.unit.test_fast_check import REFUSED, VARIANTS
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

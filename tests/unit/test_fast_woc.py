@@ -23,6 +23,8 @@ from tests.check_adapter import (
 )
 from tests.unit.sharp import MARGIN, START, at, entropies, gradient, reference, rows, sharp_mlp, stored, tensors
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

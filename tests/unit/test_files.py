@@ -528,7 +528,10 @@ def test_a_label_table_needs_ids_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("", "no scheme; right would be one like file:rows.jsonl, -, kafka://127.0.0.1:9092/topic, sim://"),
+        (
+            "",
+            "no scheme; right would be one like file:rows.jsonl, -, kafka://127.0.0.1:9092/topic, mqtt://127.0.0.1/pl",
+        ),
         ("rows.jsonl", "no scheme; .*for the file of that name, file:rows.jsonl"),
         ("http://host/rows", "http: can't be used here; right would be one like file:rows.jsonl"),
         ("null:", "null: can't be used here"),

@@ -370,7 +370,7 @@ def test_questions_go_to_a_file_of_their_own_and_are_durable_with_the_answers(tm
 
 
 def test_one_producer_serves_all_topics_of_a_broker_and_each_broker_has_its_own() -> None:
-    from daemon.settings import KafkaClient
+    from daemon.stream_settings import KafkaClient
 
     kafka = KafkaClient()
     one = open_sink("kafka://h:1/a", dead_letters_url="kafka://h:1/d", queries_url="kafka://h:1/q", kafka=kafka)

@@ -14,6 +14,9 @@ from torch import nn
 import adapters.slow as slow
 from adapters.slow import optimizers
 
+pytestmark = pytest.mark.sweep
+
+
 INPUTS, CLASSES = 128, 6
 SWAP = np.array([1, 0, 2, 3, 5, 4])
 F32, I64 = NDArray[np.float32], NDArray[np.int64]

@@ -18,6 +18,9 @@ from adapters.slow.offline import PREFIX, attach_offline, detach_offline, offlin
 from daemon.checkpoint import decode, encode
 from tests.unit.slow_world import draw, error, memory, mixed, trained
 
+pytestmark = pytest.mark.sweep
+
+
 torch.set_num_threads(1)
 OPTIONS = slow.BurstOptions(reference_share=0.0)
 

@@ -22,6 +22,9 @@ from adapters.slow.inserted import (
 from tests.check_adapter import LONG
 from tests.check_slow import CHECKS, MODELS, QUICK_CHECKS, Subject, build_model, check_method, result, train
 
+pytestmark = pytest.mark.sweep
+
+
 torch.set_num_threads(1)
 
 THOROUGH = ("gru", "tied")

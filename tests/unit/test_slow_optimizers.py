@@ -17,6 +17,9 @@ from torch import nn
 from adapters.slow import optimizers
 from adapters.slow.optimizers.rescaled import Rescaled, follows_rates
 
+pytestmark = pytest.mark.sweep
+
+
 ROOT = Path(__file__).parents[2]
 OURS = ["momo", "hypergradient", "trial_step"]
 torch.set_num_threads(1)

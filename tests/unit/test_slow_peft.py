@@ -24,6 +24,9 @@ from adapters.slow.lora_family.targets import find_targets
 from adapters.slow.snapshot import Snapshot
 from tests.check_adapter import MODELS, K, build_model
 
+pytestmark = pytest.mark.sweep
+
+
 torch.set_num_threads(1)
 
 KINDS = ["lora", "dora", "vera", "randlora", "oft", "hra", "ia3"]
