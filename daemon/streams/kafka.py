@@ -21,7 +21,7 @@ from daemon.records import Positions, RawBatch
 from daemon.stream_settings import KafkaClient
 from daemon.streams.bulk.install import install
 from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of
-from daemon.streams.kafka_group import Rebalance, add_rows, offsets_of
+from daemon.streams.kafka_group import Rebalance, add_rows, offsets_of, said
 from daemon.streams.kafka_waiting import KeepAlive, skip
 from daemon.streams.resume import Start, resume
 from daemon.streams.topic_watch import BrokerProbe, StableEnds, TopicWatch
@@ -126,7 +126,7 @@ class KafkaSource:
             records = _NO_RECORDS
         except kafka_errors.KafkaError as error:
             if not error.retriable:
-                raise self._address.error(f"{type(error).__name__}: {error}") from None
+                raise self._address.error(said(error, self._settings)) from None
             log.warning("broker not answering, trying again", error=str(error), topic=self._address.topic)
             time.sleep(min(timeout_s, 0.2))
             records = _NO_RECORDS
@@ -160,7 +160,7 @@ class KafkaSource:
             log.info("partition revoked while it was placed", topic=self._address.topic)
         except kafka_errors.KafkaError as error:
             if not error.retriable:
-                raise self._address.error(f"{type(error).__name__}: {error}") from None
+                raise self._address.error(said(error, self._settings)) from None
             log.warning("partition not placed yet, trying again", error=str(error), topic=self._address.topic)
 
     def _begin_anew(self) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kafka import TopicPartition
+from kafka import errors as kafka_errors
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.structs import OffsetAndMetadata
 
 from daemon.records import Positions, RawBatch
+from daemon.stream_settings import KafkaClient
 from daemon.streams.kafka_client import name_of
 
 
@@ -36,6 +38,14 @@ class Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         """Somebody else may have them already."""
         self.lost.extend(lost)
+
+
+def said(error: Exception, settings: KafkaClient) -> str:
+    """What ended this member's reading, in words where we have better ones than the client."""
+    if isinstance(error, kafka_errors.FencedInstanceIdError):
+        name = f"HOMEOSTAT_KAFKA__INSTANCE_ID={settings.instance_id}"
+        return f"another worker of the group {settings.group!r} took over its name, {name}: each needs its own"
+    return f"{type(error).__name__}: {error}"
 
 
 def offsets_of(
