@@ -139,7 +139,7 @@ class Store:
             CheckpointError: another process has it.
         """
         try:
-            file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             # A folder that can't be written: `write` says so, again and again, and the stream goes on.
             log.error("folder of checkpoints not locked", folder=str(self.folder), error=str(error))

@@ -13,9 +13,9 @@ from collections import defaultdict
 
 import pytest
 
-MOST = 30
+MOST = 24
 """Parameter sets of one test function that are run, about."""
-EACH = 2
+EACH = 1
 """Of each value of its first parameter, at the least."""
 
 

@@ -152,14 +152,23 @@ def test_rows_of_an_npz_archive_are_answered_by_their_ids(settings: dict[str, st
     assert [name for name, value in status.items() if value != "ok"] == ["row-7"]
 
 
-def test_check_approves_a_good_setup_and_masks_the_password(
+def test_check_approves_a_good_setup(
+    kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
+) -> None:
+    streams = on_kafka(settings, kafka_broker, topic())
+    with DaemonProcess(streams, tmp_path, command="check") as daemon:
+        assert daemon.wait() == 0
+        assert "ok: settings, bundle, streams" in daemon.output
+
+
+def test_check_masks_a_password_and_says_what_it_lacks(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:
     streams = on_kafka(settings, kafka_broker, topic()) | {"HOMEOSTAT_KAFKA__PASSWORD": "hunter2"}
     with DaemonProcess(streams, tmp_path, command="check") as daemon:
-        assert daemon.wait() == 0
+        assert daemon.wait() == 2
         assert "HOMEOSTAT_KAFKA__PASSWORD=***" in daemon.output.splitlines()
-        assert "ok: settings, bundle, streams" in daemon.output
+        assert "HOMEOSTAT_KAFKA__PASSWORD: needs a HOMEOSTAT_KAFKA__SASL_MECHANISM" in daemon.log
         assert "hunter2" not in daemon.output + daemon.log
 
 
