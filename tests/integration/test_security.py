@@ -77,7 +77,7 @@ def drawn(source: KafkaSource, count: int) -> list[bytes | None]:
     found: list[bytes | None] = []
 
     def enough() -> bool:
-        found.extend(source.poll(100, 0.1).values)
+        found.extend(source.poll(100, 0.1).unpack())
         return len(found) >= count
 
     eventually(f"{count} records", enough)
@@ -211,7 +211,7 @@ def test_a_password_changed_while_running_is_waited_for_and_the_new_one_taken_fr
             # The broker asks for a new login after SESSION_MS, as it does when it was started anew.
             sent.append(f"during {len(sent)}".encode())
             sink.send([None], sent[-1:])
-            got.extend(source.poll(10, 0.05).values)
+            got.extend(source.poll(10, 0.05).unpack())
             try:
                 sink.flush(0.5)
             except TimeoutError:
@@ -221,9 +221,9 @@ def test_a_password_changed_while_running_is_waited_for_and_the_new_one_taken_fr
         eventually("the login is refused", refused)
         eventually("that is said", lambda: not accepts(world.address("SASL_PLAINTEXT"), settings))
         for _ in range(40):
-            got.extend(source.poll(10, 0.05).values)
+            got.extend(source.poll(10, 0.05).unpack())
         world.file("word", "another-" + PASSWORD)
-        eventually("all of it comes in", lambda: got.extend(source.poll(10, 0.1).values) or sorted(got) == sorted(sent))
+        eventually("all of it comes in", lambda: got.extend(source.poll(10, 0.1).unpack()) or sorted(got) == sorted(sent))
         sink.flush(20)
         assert accepts(world.address("SASL_PLAINTEXT"), settings)
     finally:
