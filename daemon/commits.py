@@ -224,4 +224,11 @@ class Commits:
             log.error("checkpoint not written, nothing committed", folder=str(store.folder), error=str(error))
             return False
         worker.telemetry.checkpoint_time.set(time.time())
+        self._saved = self._records
         return True
+
+    def rewind(self) -> int:
+        """The worker goes back to its newest checkpoint; how many records it will read again."""
+        again = self._records - self._saved
+        self._records = self._ended = self._saved
+        return again

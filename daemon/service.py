@@ -200,6 +200,7 @@ class Service:
             )
         log.warning("beginning again from the checkpoint", reason=reason)
         self._batcher.flush()
+        self.done -= self.commits.rewind()
         self._close_streams()
         self.worker.loop.emit_from.clear()
         self.worker.loop.actions.learner.cancel()

@@ -284,6 +284,8 @@ class KafkaSource:
         try:
             self._consumer.commit(offsets, timeout_ms=5_000)
             self.uncommitted = False
+        except kafka_errors.FencedInstanceIdError as error:
+            raise self._address.error(said(error, self._settings)) from None  # the client tells nowhere else
         except kafka_errors.KafkaError as error:
             self.uncommitted = True
             log.warning("commit failed, the next checkpoint repeats it", error=f"{type(error).__name__}: {error}")

@@ -111,14 +111,17 @@ def test_a_worker_that_was_stopped_too_long_answers_nothing_twice(
 def test_of_two_workers_of_one_name_the_older_one_ends_and_says_why(
     worker: Callable[..., dict[str, str]], kafka_broker: str, topic: Callable[..., str], tmp_path: Path
 ) -> None:
-    name, one = topic(), {"HOMEOSTAT_KAFKA__INSTANCE_ID": f"same-{os.getpid()}"}
+    name, one = (
+        topic(),
+        {"HOMEOSTAT_KAFKA__INSTANCE_ID": f"same-{os.getpid()}", "HOMEOSTAT_CHECKPOINT__EVERY_S": "1"},
+    )
     with DaemonProcess(worker(name, "a", "at-least-once", **one), tmp_path / "a") as first:
         first.wait_until_ready()
         with DaemonProcess(worker(name, "b", "at-least-once", **one), tmp_path / "b") as second:
             second.wait_until_ready()
+            feed(kafka_broker, name, 0, 50, 1)
             assert first.wait(60) == 2
             assert "HOMEOSTAT_KAFKA__INSTANCE_ID" in first.log and "Traceback" not in first.log
-            feed(kafka_broker, name, 0, 50, 1)
             eventually("the younger one answers", lambda: committed(kafka_broker, f"g-{name}", name) >= 50, 60)
             assert second.terminate() == 0
 

@@ -223,7 +223,9 @@ def test_a_password_changed_while_running_is_waited_for_and_the_new_one_taken_fr
         for _ in range(40):
             got.extend(source.poll(10, 0.05).unpack())
         world.file("word", "another-" + PASSWORD)
-        eventually("all of it comes in", lambda: got.extend(source.poll(10, 0.1).unpack()) or sorted(got) == sorted(sent))
+        eventually(
+            "all of it comes in", lambda: got.extend(source.poll(10, 0.1).unpack()) or sorted(got) == sorted(sent)
+        )
         sink.flush(20)
         assert accepts(world.address("SASL_PLAINTEXT"), settings)
     finally:

@@ -117,6 +117,15 @@ def test_answers_are_seen_with_their_offsets_and_the_checkpoint_is_never_ahead_o
     assert ids(sink) == [str(row) for row in range(200)]
 
 
+def test_what_is_read_again_counts_once_towards_the_records_of_a_run(tmp_path: Path) -> None:
+    service, _, sink = started(tmp_path)
+    service.max_records = 128
+    service.turn()
+    sink.fails = 1
+    assert service.run() == 0
+    assert (ids(sink), service.done) == ([str(row) for row in range(128)], 128)
+
+
 @pytest.mark.parametrize("fails", [1, 3])
 def test_a_void_transaction_brings_state_and_stream_back_to_the_checkpoint(tmp_path: Path, fails: int) -> None:
     through, _, _ = started(tmp_path / "through")
