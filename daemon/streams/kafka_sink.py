@@ -237,6 +237,9 @@ class KafkaSink:
 
     def close(self) -> None:
         """Stop the producer; what was not flushed is given up (it was never committed)."""
+        if self._transactions is not None:
+            self._transactions.close(2.0)
+            self._transactions = None
         if self._producer is not None:
             # It flushes first and raises where the broker is away; whoever closes has flushed already, or gave up.
             with contextlib.suppress(kafka_errors.KafkaError):

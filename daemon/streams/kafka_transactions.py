@@ -30,6 +30,7 @@ class Transactions:
         self._producer = producer
         self._name = name
         self._begun = False
+        """Whether one is open, or was not committed."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -101,6 +102,7 @@ class Transactions:
             self._thread = None
         if self._thread is None and self._error is not None:
             error, self._error = self._error, None
+            self._begun = True  # it is to be aborted still
             raise self._lost(error)
 
     def settle(self, timeout_s: float) -> None:
@@ -110,6 +112,21 @@ class Transactions:
             if self._thread.is_alive():
                 raise TimeoutError(f"transaction {self._name} not committed yet")
         self.verify()
+
+    def close(self, timeout_s: float) -> None:
+        """Abort what is open, or readers of committed answers wait for it until the broker's time-out."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        if self._begun or self._error is not None:
+            aborting = threading.Thread(target=self._abort, name="transaction-abort", daemon=True)
+            aborting.start()
+            aborting.join(timeout_s)
+
+    def _abort(self) -> None:
+        try:
+            self._producer.abort_transaction()
+        except kafka_errors.KafkaError as error:
+            log.info("transaction not aborted, the broker will", name=self._name, error=str(error))
 
     def _lost(self, error: BaseException) -> TransactionError:
         return TransactionError(f"transaction of {self._name!r} not committed: {type(error).__name__}: {error}")

@@ -86,23 +86,19 @@ def test_a_worker_that_was_stopped_too_long_answers_nothing_twice(
 ) -> None:
     """SIGSTOP beyond the session: another one takes over; the first wakes as a zombie, and its answers are refused."""
     name = topic()
-    with (
-        DaemonProcess(worker(name, "a", HOMEOSTAT_KAFKA__TRANSACTION_MS="60000"), tmp_path / "a") as first,
-        DaemonProcess(worker(name, "b"), tmp_path / "b") as second,
-    ):
+    stopped = worker(name, "a", HOMEOSTAT_KAFKA__TRANSACTION_MS="60000")
+    with DaemonProcess(stopped, tmp_path / "a") as first:
         first.wait_until_ready()
         feed(kafka_broker, name, 0, 200, 1)
         first.wait_for("homeostat_records_out_total", 200)  # sent, and in an open transaction
         first.process.send_signal(signal.SIGSTOP)
-        try:
-            second.wait_until_ready()
-            eventually("the other one answers", lambda: committed(kafka_broker, f"g-{name}", name) >= 200, 90)
-        finally:
+        with DaemonProcess(worker(name, "b"), tmp_path / "b") as second:
+            eventually("the other one answers", lambda: committed(kafka_broker, f"g-{name}", name) >= 200, 120)
             first.process.send_signal(signal.SIGCONT)
-        feed(kafka_broker, name, 200, 200, 1)
-        eventually("all is committed", lambda: committed(kafka_broker, f"g-{name}", name) >= 400, 90)
-        assert second.terminate() == 0
-        assert first.terminate() in (0, 2, 3)
+            feed(kafka_broker, name, 200, 200, 1)
+            eventually("all is committed", lambda: committed(kafka_broker, f"g-{name}", name) >= 400, 90)
+            assert first.terminate() in (0, 2, 3)
+            assert second.terminate() == 0
     counts = answered(kafka_broker, name, 400)
     assert counts == {str(row): 1 for row in range(400)}
 
