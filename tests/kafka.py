@@ -85,6 +85,24 @@ def consume_all(address: str, topic: str, count: int, timeout_s: float = 30, **c
     return records
 
 
+def consume_committed(address: str, topic: str, timeout_s: float = 60) -> list[Any]:
+    """Every record that a reader of committed answers sees in the topic now, whatever lies between them."""
+    wait_for_port(address)
+    records: list[Any] = []
+    deadline = time.monotonic() + timeout_s
+    with KafkaConsumer(bootstrap_servers=address, enable_auto_commit=False, isolation_level="read_committed") as client:
+        parts = [TopicPartition(topic, number) for number in client.partitions_for_topic(topic) or ()]
+        client.assign(parts)
+        client.seek_to_beginning(*parts)
+        ends = client.end_offsets(parts)
+        while any(client.position(part) < ends[part] for part in parts):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{topic} not read to its end {ends} within {timeout_s} s: {len(records)} records")
+            for polled in client.poll(timeout_ms=200).values():
+                records.extend(polled)
+    return records
+
+
 @pytest.fixture(scope="session")
 def trial_kafka() -> None:
     """Java and Kafka's jars are on this machine; skips, with the reason, where they can't be had."""

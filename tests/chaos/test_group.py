@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon_process import DaemonProcess, committed, eventually, on_kafka, records
-from tests.kafka import consume_all, produce
+from tests.kafka import consume_committed, produce
 
 SESSION_MS = 6_000
 
@@ -34,9 +34,8 @@ def worker(settings: dict[str, str], kafka_broker: str, tmp_path: Path) -> Calla
     return make
 
 
-def answered(address: str, topic: str, count: int) -> Counter[str]:
-    found = consume_all(address, f"{topic}.answers", count, isolation_level="read_committed")
-    return Counter(json.loads(record.value)["id"] for record in found)
+def answered(address: str, topic: str) -> Counter[str]:
+    return Counter(json.loads(record.value)["id"] for record in consume_committed(address, f"{topic}.answers"))
 
 
 def feed(address: str, topic: str, first: int, count: int, partitions: int) -> None:
@@ -74,7 +73,7 @@ def test_from_one_worker_to_three_and_back_nothing_stays_unanswered(
         feed(kafka_broker, name, 1_200, 600, 6)
         eventually("all is committed", lambda: committed(kafka_broker, f"g-{name}", name) >= 1_800, 90)
         assert first.terminate() == 0
-    counts = answered(kafka_broker, name, 1_800)
+    counts = answered(kafka_broker, name)
     assert set(counts) == {str(row) for row in range(1_800)}
     if delivery == "exactly-once":
         assert set(counts.values()) == {1}
@@ -99,7 +98,7 @@ def test_a_worker_that_was_stopped_too_long_answers_nothing_twice(
             eventually("all is committed", lambda: committed(kafka_broker, f"g-{name}", name) >= 400, 90)
             assert first.terminate() in (0, 2, 3)
             assert second.terminate() == 0
-    counts = answered(kafka_broker, name, 400)
+    counts = answered(kafka_broker, name)
     assert counts == {str(row): 1 for row in range(400)}
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from daemon.streams.simulator import AgeingArray
 from tests.daemon_process import ROOT, DaemonProcess, committed, eventually, on_kafka
-from tests.kafka import consume_all, produce
+from tests.kafka import consume_committed, produce
 
 LONG = os.environ.get("HOMEOSTAT_LONG") == "1"
 KILLS = 100 if LONG else 10
@@ -69,8 +69,7 @@ def final_state(folder: Path) -> dict[str, Any]:
 def answered(address: str, settings: dict[str, str]) -> Counter[str]:
     """How often each record was answered, by a reader that sees committed answers alone."""
     topic = settings["HOMEOSTAT_SINK"].rpartition("/")[2]
-    found = consume_all(address, topic, RECORDS, isolation_level="read_committed")
-    return Counter(json.loads(record.value)["id"] for record in found)
+    return Counter(json.loads(record.value)["id"] for record in consume_committed(address, topic))
 
 
 @pytest.mark.timeout(6_000 if LONG else 600)
