@@ -108,15 +108,16 @@ def accepts(address: Address, settings: KafkaClient) -> bool:
 
 
 class _Refused:
-    """Says of each topic's brokers, once a minute, why they don't let us in."""
+    """Says of brokers why they don't let us in: a new reason at once, the same once a minute for all their topics."""
 
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}
+        self._said: dict[tuple[str, ...], float] = {}
 
     def say(self, address: Address, why: str) -> None:
         now = time.monotonic()
-        if now - self._said.get(address.url, float("-inf")) >= EVERY_S:
-            self._said[address.url] = now
+        key = (*address.servers, why)
+        if now - self._said.get(key, float("-inf")) >= EVERY_S:
+            self._said[key] = now
             log.error("no broker lets this client in, trying on", topic=address.topic, why=why)
 
 
