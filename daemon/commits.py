@@ -19,7 +19,7 @@ from daemon import checkpoint
 from daemon.assembly import Worker, checkpoint_folder
 from daemon.errors import CheckpointError
 from daemon.records import Positions
-from daemon.streams.base import AcknowledgedLabels, AcknowledgedSource, SharedSource, TransactionalSink
+from daemon.streams.base import AcknowledgedLabels, AcknowledgedSource, SharedSource, TransactionalSink, parts_of
 from daemon.streams.resume import note_of
 
 log = structlog.get_logger("homeostat.service")
@@ -86,8 +86,15 @@ class Commits:
 
     @property
     def settled(self) -> bool:
-        """Whether all that was answered is committed."""
-        return self.exact and self._ended == self._records and not self._transactions.ending
+        """Whether transactions have committed all that was answered.
+
+        Raises:
+            TransactionError: one of them did not.
+        """
+        if not self.exact or self._ended != self._records or self._transactions.ending:
+            return False
+        self._transactions.verify()
+        return True
 
     def moved(self, records: int) -> None:
         """A batch of so many records was answered or skipped."""
@@ -137,7 +144,7 @@ class Commits:
 
     @property
     def _transactions(self) -> TransactionalSink:
-        for sink in getattr(self._worker.sink, "sinks", (self._worker.sink,)):
+        for sink in parts_of(self._worker.sink):
             if isinstance(sink, TransactionalSink):
                 return sink
         raise TypeError("no sink of this worker knows transactions")

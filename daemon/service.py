@@ -19,7 +19,7 @@ from daemon.membership import follow
 from daemon.pressure import Pressure
 from daemon.progress import Progress
 from daemon.records import RawBatch
-from daemon.streams.base import PatientSink, SharedSource
+from daemon.streams.base import CheckedSource, PatientSink, SharedSource, parts_of
 from daemon.streams.codec_registry import RegistryCodec
 from daemon.web import Web
 
@@ -75,13 +75,14 @@ class Service:
         positions, label_positions = commits.restore()
         worker.keeper.open(commits.id, commits.sequence or None)
         worker.loop.positions = dict(positions or {})
-        if hasattr(worker.sink, "sinks") and callable(check := getattr(worker.source, "check", None)):
-            check()  # its dead letters may be on its broker, and it is the source that is then wrong
+        sinks = parts_of(worker.sink)
+        if len(sinks) > 1 and isinstance(worker.source, CheckedSource):
+            worker.source.check()  # its dead letters may be on its broker, and it is the source that is then wrong
         if isinstance(worker.loop.codec, RegistryCodec):
             worker.loop.codec.check()
             worker.loop.codec.waiting = self._wait_for_sink
         worker.sink.open()
-        for sink in getattr(worker.sink, "sinks", (worker.sink,)):
+        for sink in sinks:
             if isinstance(sink, PatientSink):
                 sink.waiting = self._wait_for_sink
         if worker.labels is not None:

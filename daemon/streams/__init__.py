@@ -123,7 +123,7 @@ def open_sink(
     given = [(variable, url), (dead_letters_variable, dead_letters_url)]
     given += [(queries_variable, queries_url)] if queries_url else []
     schemes = [_scheme(each, name, _SINKS) for name, each in given]
-    brokers = {_broker(each) for (_, each), scheme in zip(given, schemes, strict=True) if scheme in _BROKERS}
+    brokers = dict.fromkeys(_broker(each) for (_, each), kind in zip(given, schemes, strict=True) if kind in _BROKERS)
     clients = {
         broker: _load(_SINKS[broker[0]])(
             url if _broker(url) == broker else "",

@@ -49,6 +49,18 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class CheckedSource(Source, Protocol):
+    """A source on a broker that can be visited before it is opened."""
+
+    def check(self) -> None:
+        """Reach what is to be read; nothing is joined.
+
+        Raises:
+            StreamError: it can't be had.
+        """
+
+
+@runtime_checkable
 class SharedSource(Source, Protocol):
     """A source whose partitions come and go while it runs, because other workers read the same stream."""
 
@@ -271,3 +283,8 @@ class SplitSink:
         with contextlib.ExitStack() as all_of_them:
             for sink in reversed(self.sinks):
                 all_of_them.callback(sink.close)
+
+
+def parts_of(sink: Sink) -> tuple[Sink, ...]:
+    """The sinks that ``sink`` consists of: itself, where it is one."""
+    return sink.sinks if isinstance(sink, SplitSink) else (sink,)

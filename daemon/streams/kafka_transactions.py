@@ -23,15 +23,19 @@ _WAIT_S = 1.0
 
 
 class Transactions:
-    """Begins one when something is sent, ends it when told, and keeps order between the two."""
+    """Begins one when something is sent, ends it when told, and keeps order between the two.
+
+    They are over when one was not committed: its error is raised from then on, whoever asks, and what was sent since
+    the one before it is void. A new producer has to be opened.
+    """
 
     def __init__(self, producer: Any, name: str) -> None:
         """``name`` is the transactional id of ``producer``."""
         self._producer = producer
         self._name = name
-        self._begun = False
-        """Whether one is open, or was not committed."""
+        self._open = False
         self._thread: threading.Thread | None = None
+        """Ends the last one."""
         self._error: BaseException | None = None
 
     def open(self, deadline: float) -> None:
@@ -61,20 +65,19 @@ class Transactions:
         Raises:
             TransactionError: the last one was not committed.
         """
-        if self._begun and self._thread is None:
-            return
         while True:
             try:
                 self.settle(_WAIT_S)
                 break
             except TimeoutError as error:
                 waiting(str(error))
-        if not self._begun:
+        if not self._open:
             try:
                 self._producer.begin_transaction()
             except kafka_errors.KafkaError as error:
-                raise self._lost(error) from None
-            self._begun = True
+                self._error = error
+                self.verify()
+            self._open = True
 
     @property
     def ending(self) -> bool:
@@ -84,7 +87,7 @@ class Transactions:
     def end(self, offsets: dict[Any, Any], group: Any, waiting: Callable[[str], None]) -> None:
         """Commit what was sent together with ``offsets``, beside the caller."""
         self.begin(waiting)
-        self._begun = False
+        self._open = False
         self._thread = threading.Thread(target=self._end, args=(offsets, group), name="transaction", daemon=True)
         self._thread.start()
 
@@ -97,13 +100,10 @@ class Transactions:
             self._error = error
 
     def verify(self) -> None:
-        """Raise TransactionError when the last one failed."""
-        if self._thread is not None and not self._thread.is_alive():
-            self._thread = None
-        if self._thread is None and self._error is not None:
-            error, self._error = self._error, None
-            self._begun = True  # it is to be aborted still
-            raise self._lost(error)
+        """Raise TransactionError when one was not committed."""
+        if not self.ending and self._error is not None:
+            error = self._error
+            raise TransactionError(f"transaction of {self._name!r} not committed: {type(error).__name__}: {error}")
 
     def settle(self, timeout_s: float) -> None:
         """Return when no commit is under way; TimeoutError when it still is after ``timeout_s`` seconds."""
@@ -117,7 +117,7 @@ class Transactions:
         """Abort what is open, or readers of committed answers wait for it until the broker's time-out."""
         if self._thread is not None:
             self._thread.join(timeout_s)
-        if self._begun or self._error is not None:
+        if self._open or self._error is not None:
             aborting = threading.Thread(target=self._abort, name="transaction-abort", daemon=True)
             aborting.start()
             aborting.join(timeout_s)
@@ -127,6 +127,3 @@ class Transactions:
             self._producer.abort_transaction()
         except kafka_errors.KafkaError as error:
             log.info("transaction not aborted, the broker will", name=self._name, error=str(error))
-
-    def _lost(self, error: BaseException) -> TransactionError:
-        return TransactionError(f"transaction of {self._name!r} not committed: {type(error).__name__}: {error}")
