@@ -9,6 +9,7 @@ or the new one. A damaged file is refused by name and the one before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -153,8 +154,10 @@ class Store:
                 f"{self.folder} is in use by another homeostat (process {holder}): stop that one, or give this one a "
                 "folder of its own by HOMEOSTAT_STATE_DIR"
             ) from None
-        os.truncate(file, 0)
-        os.write(file, f"{os.getpid()}\n".encode())
+        # For whoever is refused; on a full disk that one does without.
+        with contextlib.suppress(OSError):
+            os.truncate(file, 0)
+            os.write(file, f"{os.getpid()}\n".encode())
         self._lock = file
 
     def close(self) -> None:

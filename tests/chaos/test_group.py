@@ -47,14 +47,14 @@ def feed(address: str, topic: str, first: int, count: int, partitions: int) -> N
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("delivery", ["exactly-once", "at-least-once"])
-def test_from_one_worker_to_three_and_back_nothing_stays_unanswered(
+def test_from_one_worker_to_four_and_back_nothing_stays_unanswered(
     worker: Callable[..., dict[str, str]],
     kafka_broker: str,
     topic: Callable[..., str],
     tmp_path: Path,
     delivery: str,
 ) -> None:
-    name = topic(6)
+    name = topic(8)
     with contextlib.ExitStack() as all_of_them:
 
         def start(number: int) -> DaemonProcess:
@@ -63,14 +63,14 @@ def test_from_one_worker_to_three_and_back_nothing_stays_unanswered(
             return all_of_them.enter_context(DaemonProcess(made, tmp_path / f"w{number}"))
 
         first = start(0).wait_until_ready()
-        feed(kafka_broker, name, 0, 600, 6)
-        others = [start(1), start(2)]
+        feed(kafka_broker, name, 0, 600, 8)
+        others = [start(number) for number in (1, 2, 3)]
         for other in others:
             other.wait_until_ready()
-        feed(kafka_broker, name, 600, 600, 6)
+        feed(kafka_broker, name, 600, 600, 8)
         for other in others:
             assert other.terminate() == 0
-        feed(kafka_broker, name, 1_200, 600, 6)
+        feed(kafka_broker, name, 1_200, 600, 8)
         eventually("all is committed", lambda: committed(kafka_broker, f"g-{name}", name) >= 1_800, 90)
         assert first.terminate() == 0
     counts = answered(kafka_broker, name)
