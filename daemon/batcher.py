@@ -1,6 +1,6 @@
 """Cuts a stream into batches: full ones while there is a backlog, partial ones only where the stream has no more.
 
-A partial batch waits ``linger`` once the source is at its end. While records are on their way a batch is always full,
+A batch that can't be filled by what is there waits ``linger`` for more, and no longer. While it can, it is always full,
 so that reading a backlog again after a crash cuts the same batches and the state comes out the same.
 """
 
@@ -40,15 +40,16 @@ class Batcher:
             if not len(polled):
                 return None
             self._held = polled
-        if polled_more := len(self._held) < rows and not self._source.ended:
-            wait = min(idle_s, max(self._linger_s, 0.001))
-            more = self._source.poll(rows - len(self._held), 0.0 if self._source.at_end() and not wait else wait)
-            if polled_more := len(more) > 0:
+        if len(self._held) < rows and not self._source.ended:
+            left_s = self._linger_s - (self._clock() - self._held.arrived)
+            more = self._source.poll(rows - len(self._held), min(idle_s, max(left_s, 0.001)))
+            if len(more):
                 _extend(self._held, more)
-        if len(self._held) >= rows or self._source.ended:
+        missing = rows - len(self._held)
+        if missing <= 0 or self._source.ended:
             return self.flush()
         waited = self._clock() - self._held.arrived
-        if waited >= STALL_S or (not polled_more and waited >= self._linger_s and self._source.at_end()):
+        if waited >= STALL_S or (waited >= self._linger_s and not self._source.can_fill(missing)):
             return self.flush()
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import threading
@@ -67,6 +68,9 @@ class Service:
             self.web.before_scrape = self._refresh
             self.web.start()
         self._open()
+        # What is there by now stays: a collection that walks through all of torch would hold the answers up.
+        gc.collect()
+        gc.freeze()
         log.info("started", seconds=round(time.monotonic() - self.started, 2), http=self.web and self.web.port)
 
     def _open(self) -> None:

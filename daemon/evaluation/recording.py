@@ -146,9 +146,9 @@ class ReplaySource:
         """Nothing: the driver asks by rows."""
         return RawBatch()
 
-    def at_end(self) -> bool:
-        """Always: nothing is polled."""
-        return True
+    def can_fill(self, rows: int) -> bool:
+        """Never: nothing is polled."""
+        return False
 
     def lag(self) -> int | None:
         """Unknown."""

@@ -28,8 +28,8 @@ class Source(Protocol):
             StreamError: the stream can't be read any further.
         """
 
-    def at_end(self) -> bool:
-        """Whether nothing more is to be had right now, so that a partial batch need not wait."""
+    def can_fill(self, rows: int) -> bool:
+        """Whether so many rows are there to be polled, or may be: a batch that lacks them waits for them."""
 
     @property
     def ended(self) -> bool:

@@ -95,9 +95,9 @@ class FileSource:
             raw.batch = assemble(rows.x, ids, rows.y, times, invalid=rows.refused)
         return raw
 
-    def at_end(self) -> bool:
-        """Whether nothing more is to be had right now."""
-        return self._reader.at_end()
+    def can_fill(self, rows: int) -> bool:
+        """Whether a batch should wait: how many rows are left in a file is not known before they are read."""
+        return not self._reader.at_end()
 
     @property
     def ended(self) -> bool:

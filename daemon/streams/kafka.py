@@ -9,6 +9,7 @@ before anybody else reads it.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 
 import structlog
@@ -21,10 +22,10 @@ from daemon.records import Positions, RawBatch
 from daemon.stream_settings import KafkaClient
 from daemon.streams.bulk.install import install
 from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of
-from daemon.streams.kafka_group import Rebalance, add_rows, offsets_of, said
+from daemon.streams.kafka_group import Rebalance, add_rows, next_records, offsets_of, said
 from daemon.streams.kafka_waiting import KeepAlive, skip
 from daemon.streams.resume import Start, resume
-from daemon.streams.topic_watch import BrokerProbe, StableEnds, TopicWatch
+from daemon.streams.topic_watch import BrokerProbe, StableEnds, TopicWatch, create_none
 
 log = structlog.get_logger("homeostat.kafka")
 
@@ -73,11 +74,8 @@ class KafkaSource:
         Raises:
             StreamError: when either can't be had.
         """
-        consumer = connect(KafkaConsumer, self._address, self._settings, allow_auto_create_topics=False)
-        try:
-            existing_partitions(consumer, self._address)
-        finally:
-            consumer.close()
+        with closing(connect(KafkaConsumer, self._address, self._settings, allow_auto_create_topics=False)) as visitor:
+            existing_partitions(visitor, self._address)
 
     def open(self, positions: Positions | None) -> None:
         """Join the group. ``positions`` come from the newest checkpoint."""
@@ -106,15 +104,17 @@ class KafkaSource:
         if why is not None:
             log.info("records are read one by one", reason=why)
         self._anew = set()
+        self._listener = Rebalance(self._consumer.pause)
+        create_none(self._consumer)
+        # First of all: a client that knows the topic already joins as if that had no partitions, and then again.
+        self._consumer.subscribe([self._address.topic], listener=self._listener)
         if self.topic.open(self._consumer, existing_partitions(self._consumer, self._address)):
             self._begin_anew()
-        self._listener = Rebalance(self._consumer.pause)
-        self._consumer.subscribe([self._address.topic], listener=self._listener)
 
     def poll(self, max_rows: int, timeout_s: float) -> RawBatch:
         """At most ``max_rows`` records; empty when none came within ``timeout_s`` or the broker is away."""
         try:
-            records = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_rows)
+            records = next_records(self._consumer, max_rows, int(timeout_s * 1000))
         except kafka_errors.NoOffsetForPartitionError:
             records = _NO_RECORDS
         except kafka_errors.OffsetOutOfRangeError as error:
@@ -146,9 +146,8 @@ class KafkaSource:
             self._place_all()
         raw = RawBatch(arrived=time.monotonic())
         for partition, rows in records.items():
-            if partition not in placed:
-                continue
-            add_rows(raw, name_of(partition), rows, packed=self._bulk)
+            if partition in placed:
+                add_rows(raw, name_of(partition), rows, packed=self._bulk)
         self._probe.watch(bool(records))
         return raw
 
@@ -253,9 +252,10 @@ class KafkaSource:
         starts, self._starts = self._starts, {}
         return starts
 
-    def at_end(self) -> bool:
-        """Whether every record that the broker has told of has been returned by `poll`."""
-        return self.lag() == 0
+    def can_fill(self, rows: int) -> bool:
+        """Whether the broker has told of so many records that `poll` has not returned, or of none at all yet."""
+        lag = self.lag()
+        return lag is None or lag >= rows
 
     def lag(self) -> int | None:
         """Records on the broker not yet returned by `poll`; None before the first answer, and without a partition.

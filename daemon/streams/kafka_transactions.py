@@ -20,6 +20,7 @@ from daemon.errors import StreamError, TransactionError
 log = structlog.get_logger("homeostat.kafka")
 
 _WAIT_S = 1.0
+_UNREACHED_S = 0.02
 
 
 class Transactions:
@@ -32,6 +33,7 @@ class Transactions:
     def __init__(self, producer: Any, name: str) -> None:
         """``name`` is the transactional id of ``producer``."""
         self._producer = producer
+        _keep_requests(producer)
         self._name = name
         self._open = False
         self._thread: threading.Thread | None = None
@@ -127,3 +129,25 @@ class Transactions:
             self._producer.abort_transaction()
         except kafka_errors.KafkaError as error:
             log.info("transaction not aborted, the broker will", name=self._name, error=str(error))
+
+
+def _keep_requests(producer: Any) -> None:
+    """Have the producer's thread try again what a dead coordinator did not take.
+
+    kafka-python 3.0.12 drops a transaction's request when the node that it is for can't be reached, and the end of the
+    transaction is then waited for for ever. Where the node is only "not ready" it looks for another and tries again.
+    """
+    client = getattr(getattr(producer, "_sender", None), "_client", None)
+    ready = getattr(client, "await_ready", None)
+    if client is None or ready is None:
+        return
+
+    def await_ready(*arguments: Any, **named: Any) -> bool:
+        try:
+            return bool(ready(*arguments, **named))
+        except kafka_errors.KafkaConnectionError as error:
+            log.debug("coordinator not reached, asking for another", error=str(error))
+            time.sleep(_UNREACHED_S)  # it is asked for again at once
+            return False
+
+    client.await_ready = await_ready

@@ -11,6 +11,7 @@ from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
 from daemon.streams.kafka_client import name_of
+from daemon.streams.kafka_group import next_records
 
 log = structlog.get_logger("homeostat.kafka")
 
@@ -67,7 +68,7 @@ class KeepAlive:
         flowing = set(placed) & consumer.assignment() - consumer.paused() - touched()
         try:
             consumer.pause(*flowing)
-            for partition, rows in consumer.poll(timeout_ms=_POLL_MS, max_records=1).items():
+            for partition, rows in next_records(consumer, 1, _POLL_MS).items():
                 consumer.seek(partition, rows[0].offset)  # handed out before the pause was seen
         except kafka_errors.KafkaError as error:
             # The next regular poll meets the same, and acts on it.

@@ -65,9 +65,9 @@ class MqttSource:
         """Whether a checkpoint should come before its time, so that the broker may go on sending."""
         return self._inbox.wants_commit
 
-    def at_end(self) -> bool:
-        """Whether nothing more has come; what the broker still has is not known here."""
-        return self._inbox.at_end
+    def can_fill(self, rows: int) -> bool:
+        """Whether so many have come; what the broker still has is not known here."""
+        return self._inbox.waiting >= rows
 
     def lag(self) -> int | None:
         """Not known: a broker doesn't tell."""

@@ -67,9 +67,9 @@ class Inbox(Handler):
         return self._link.ready
 
     @property
-    def at_end(self) -> bool:
-        """Whether nothing waits to be handed out."""
-        return not len(self._window)
+    def waiting(self) -> int:
+        """Rows that wait to be handed out."""
+        return len(self._window)
 
     @property
     def wants_commit(self) -> bool:

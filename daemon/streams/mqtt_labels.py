@@ -62,7 +62,7 @@ class MqttLabels:
 
     def at_end(self) -> bool:
         """Whether nothing more has come; what the broker still has is not known here."""
-        return self._inbox.at_end
+        return not self._inbox.waiting
 
     def positions(self) -> Positions:
         """Number of the next label."""

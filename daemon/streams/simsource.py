@@ -100,9 +100,9 @@ class SimSource:
         )
         return raw
 
-    def at_end(self) -> bool:
-        """Whether the pace has nothing more right now."""
-        return (self._due() or 0) <= 0 if self.options.rate else False
+    def can_fill(self, rows: int) -> bool:
+        """Whether the pace has so many by now."""
+        return (self._due() or 0) >= rows if self.options.rate else True
 
     def lag(self) -> int | None:
         """Rows that are due and not read."""

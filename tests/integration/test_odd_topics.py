@@ -76,7 +76,7 @@ class Reader:
 
     def until_at_end(self, count: int) -> None:
         self.until(f"{count} records, and no lag", lambda: len(self.offsets) >= count and self.source.lag() == 0)
-        assert self.source.at_end() and self.source.ready()
+        assert self.source.lag() == 0 and self.source.ready()
 
 
 @pytest.fixture

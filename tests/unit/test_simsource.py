@@ -30,7 +30,7 @@ def test_a_restart_goes_on_with_the_same_rows() -> None:
 def test_a_slow_pace_has_nothing_at_once_and_says_so() -> None:
     source = SimSource("sim://ageing?rate=0.001")
     source.open(None)
-    assert len(source.poll(10, 0.0)) == 0 and source.at_end() and source.lag() == 0 and not source.ended
+    assert len(source.poll(10, 0.0)) == 0 and not source.can_fill(1) and source.lag() == 0 and not source.ended
 
 
 def test_each_label_comes_at_its_rows_time_plus_the_delay_and_a_share_is_the_same_in_every_run() -> None:

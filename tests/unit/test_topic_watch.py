@@ -11,7 +11,7 @@ from kafka import TopicPartition
 from daemon.errors import StreamError
 from daemon.streams import topic_watch
 from daemon.streams.kafka_client import Address
-from daemon.streams.topic_watch import StableEnds, TopicWatch
+from daemon.streams.topic_watch import StableEnds, TopicWatch, create_none
 
 ZERO, ONE = TopicPartition("t", 0), TopicPartition("t", 1)
 
@@ -103,7 +103,7 @@ def test_positions_of_another_topic_are_told_at_the_start_and_unknown_ids_are_no
 
 def test_a_worker_never_makes_a_deleted_topic_anew_itself() -> None:
     client = Client()
-    watch(client)
+    create_none(client)
     assert client.config == {"allow_auto_create_topics": False}
 
 

@@ -114,12 +114,12 @@ class MemorySource:
         start, self.next = self.next, min(len(self.values), self.next + count)
         return raw(self.values[start : self.next], start)
 
-    def at_end(self) -> bool:
-        return self.next >= len(self.values)
+    def can_fill(self, rows: int) -> bool:
+        return len(self.values) - self.next >= rows
 
     @property
     def ended(self) -> bool:
-        return self.at_end()
+        return self.next >= len(self.values)
 
     def lag(self) -> int | None:
         return len(self.values) - self.next
