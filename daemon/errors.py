@@ -31,6 +31,10 @@ class StreamError(HomeostatError):
     exit_code = 2
 
 
+class AwayError(StreamError):
+    """A broker can't be reached now; it may be there again later."""
+
+
 class DeliveryError(HomeostatError):
     """An output was not acknowledged: nothing may be committed past it."""
 

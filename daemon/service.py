@@ -15,7 +15,7 @@ import structlog
 from daemon.assembly import Worker, warm_up
 from daemon.batcher import Batcher
 from daemon.commits import FLUSH_S, Commits
-from daemon.errors import DeliveryError, TransactionError
+from daemon.errors import AwayError, DeliveryError, TransactionError
 from daemon.membership import follow
 from daemon.pressure import Pressure
 from daemon.progress import Progress
@@ -28,6 +28,8 @@ log = structlog.get_logger("homeostat.service")
 
 IDLE_S = 0.1
 LAG_S = 0.5
+AWAY_S = 1.0
+"""Between two looks for a broker."""
 AGAIN, AGAIN_S = 10, 600.0
 """How often, within how many seconds, lost transactions are taken for something that passes."""
 FORCED_EXIT = 130
@@ -209,8 +211,20 @@ class Service:
         self._close_streams()
         self.worker.loop.emit_from.clear()
         self.worker.loop.actions.learner.cancel()
-        self._open()
+        while not self._open_again():
+            if self._stop.wait(AWAY_S):
+                raise DeliveryError(f"stopped while no broker could be reached; {reason}")
         self.progress.moved()
+
+    def _open_again(self) -> bool:
+        """Whether that worked: what made the transaction fail may last."""
+        try:
+            self._open()
+        except AwayError as error:
+            self._close_streams()
+            self.progress.wait(str(error))
+            return False
+        return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first signal asks for a drain, the second ends the process at once."""

@@ -139,8 +139,7 @@ class RawCodec(Codec):
             if raw.batch is not None or len(values) < len(raw):
                 return super().decode(raw)
             x = self.stack(values)
-        ids = [_name(raw, row) for row in range(len(raw))]
-        return assemble(x, ids, [None] * len(ids), raw.times_s)
+        return assemble(x, _names(raw), [None] * len(x), raw.times_s)
 
     def _read(self, value: bytes) -> Row:
         return None, self._bin(value), None, None
@@ -188,6 +187,16 @@ def assemble(
 def _name(raw: RawBatch, row: int) -> str:
     """What a record is called that has no id of its own."""
     return (raw.names_by_key and _key_text(raw.keys[row])) or _origin(raw, row)
+
+
+def _names(raw: RawBatch) -> list[str]:
+    """`_name` of every record."""
+    if raw.names_by_key:
+        try:
+            return [key.decode() if key else _origin(raw, row) for row, key in enumerate(raw.keys)]
+        except UnicodeDecodeError:
+            pass  # one of them is no text
+    return [_name(raw, row) for row in range(len(raw))]
 
 
 def _origin(raw: RawBatch, row: int) -> str:

@@ -15,7 +15,7 @@ import structlog
 from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
-from daemon.errors import HomeostatError, SettingsError, StreamError
+from daemon.errors import AwayError, HomeostatError, SettingsError, StreamError
 from daemon.stream_settings import KafkaClient
 from daemon.streams.kafka_log import EVERY_S, kafka_log, listen
 from daemon.streams.kafka_net import PatientClient
@@ -53,9 +53,9 @@ class Address:
             raise StreamError(f"{variable}={url}: not a topic's address; right would be kafka://127.0.0.1:9092/topic")
         return cls(servers, topic, url, variable)
 
-    def error(self, text: str) -> StreamError:
+    def error(self, text: str, kind: type[StreamError] = StreamError) -> StreamError:
         """An error that names the variable and its value."""
-        return StreamError(f"{self.variable}={self.url}: {text}")
+        return kind(f"{self.variable}={self.url}: {text}")
 
 
 def client_config(settings: KafkaClient, servers: list[str]) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def accepts(address: Address, settings: KafkaClient) -> bool:
     if not kafka_log.recent_trouble():
         return True
     try:
-        faults = _faults(address, client_config(settings, address.servers), _PROBE_S)
+        server, faults = _visit(address, client_config(settings, address.servers), _PROBE_S)
     except HomeostatError as error:
-        faults = {"none asked": LoginFault(str(error), final=True)}
-    if faults is None:
+        server, faults = None, {"none asked": LoginFault(str(error), final=True)}
+    if server is not None:
         return True
     _refused.say(address, f"{_told(faults)} ({_as_whom(settings)})")
     return False
@@ -124,17 +124,23 @@ class _Refused:
 _refused = _Refused()
 
 
-def _faults(address: Address, config: dict[str, Any], timeout_s: float) -> dict[str, LoginFault] | None:
-    """What each broker has against us; None as soon as one has nothing."""
-    faults = {}
-    for server in address.servers:
+def _visit(address: Address, config: dict[str, Any], timeout_s: float) -> tuple[str | None, dict[str, LoginFault]]:
+    """The first broker that lets us in, and what those before it have against us; None: there is none."""
+    faults: dict[str, LoginFault] = {}
+    # The one that did last is asked first: of several, one may hang, and costs all of the time that it is given.
+    for server in sorted(address.servers, key=lambda server: server != _let_in.get(address.servers[0])):
         try:
             try_login(server, config, timeout_s)
         except LoginFault as fault:
             faults[server] = fault
         else:
-            return None
-    return faults
+            _let_in[address.servers[0]] = server
+            return server, faults
+    return None, faults
+
+
+_let_in: dict[str, str] = {}
+"""By the first server of a list the one of that list that let us in last."""
 
 
 def _told(faults: dict[str, LoginFault]) -> str:
@@ -159,29 +165,36 @@ def connect(make: Callable[..., Any], address: Address, settings: KafkaClient, *
     Raises:
         SettingsError: settings contradict each other.
         StreamError: no broker lets us in.
+        AwayError: none can be reached.
     """
     listen()
     shared = client_config(settings, address.servers)
     deadline = time.monotonic() + settings.bootstrap_timeout_s
     pause_s = 0.1
-    while faults := _faults(address, shared, _share(deadline, address)):
+    while True:
+        server, faults = _visit(address, shared, _share(deadline, address))
+        if server is not None:
+            break
         final = any(fault.final for fault in faults.values())
         if final or time.monotonic() + pause_s > deadline:
             within = "" if final else f" within {settings.bootstrap_timeout_s:g} s"
             if all(fault.absent for fault in faults.values()):
                 raise address.error(
                     f"no broker answers at {', '.join(address.servers)}{within}; check host and port, and that the "
-                    f"broker runs: {_told(faults)}"
+                    f"broker runs: {_told(faults)}",
+                    AwayError,
                 )
-            raise address.error(f"no broker lets this client in{within} ({_as_whom(settings)}): {_told(faults)}")
+            text = f"no broker lets this client in{within} ({_as_whom(settings)}): {_told(faults)}"
+            raise address.error(text, StreamError if final else AwayError)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 1.0)
     try:
-        return make(**{**shared, **config})
+        # The client draws one by lot and stays with it, also with one that hangs.
+        return make(**{**shared, "bootstrap_servers": [server], **config})
     except kafka_errors.KafkaError as error:
         raise address.error(
-            f"{', '.join(address.servers)} let this client in ({_as_whom(settings)}), and then it failed: "
-            f"{type(error).__name__}: {error}"
+            f"{server} let this client in ({_as_whom(settings)}), and then it failed: {type(error).__name__}: {error}",
+            AwayError if error.retriable else StreamError,
         ) from None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 from kafka import errors as kafka_errors
 
-from daemon.errors import StreamError, TransactionError
+from daemon.errors import AwayError, StreamError, TransactionError
 
 log = structlog.get_logger("homeostat.kafka")
 
@@ -47,14 +47,15 @@ class Transactions:
             deadline: by the monotonic clock.
 
         Raises:
-            StreamError: refused, or not done in time.
+            StreamError: refused.
+            AwayError: not done in time.
         """
         while True:
             try:
                 return self._producer.init_transactions()  # type: ignore[no-any-return]
             except kafka_errors.KafkaTimeoutError:
                 if time.monotonic() > deadline:
-                    raise StreamError(
+                    raise AwayError(
                         f"transactional id {self._name!r}: the broker did not open it in time; are transactions "
                         "allowed there (transaction.state.log.replication.factor fits the number of brokers)?"
                     ) from None
