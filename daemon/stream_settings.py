@@ -36,8 +36,9 @@ class KafkaClient(Section):
     """How often the clients ask for new partitions and brokers."""
     bulk: Literal["auto", "off"] = "auto"
     """Decode and encode whole record batches at once where a self-test finds that safe; off: record by record."""
-    producer_linger_ms: float = Field(5.0, ge=0)
-    """Time the producer waits to fill a batch."""
+    producer_linger_ms: float | None = Field(None, ge=0)
+    """Time the producer waits to fill a batch; by default 0 where answers are written in bulk, as they come in batches
+    already, else 5."""
     compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = "none"
     """Compression of what is produced."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"

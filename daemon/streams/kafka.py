@@ -1,9 +1,8 @@
-"""Kafka as a source, on kafka-python's public consumer.
+"""Kafka as a source, on kafka-python's consumer.
 
 Two traits of kafka-python 3 shape this module. Rebalance listeners run on the client's own network thread, where a
-blocking call would stop heartbeats: ours only note what happened (and pause what is new), and `poll` acts on it in the
-caller's thread. With cooperative-sticky assignment a worker rejoins on its next poll, so what was revoked is committed
-before anybody else reads it.
+blocking call would stop heartbeats: ours only note what happened (and pause what is new), and `poll` acts on it. With
+cooperative-sticky assignment a worker rejoins on its next poll, so what was revoked is committed before others read it.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from daemon.records import Positions, RawBatch
 from daemon.stream_settings import KafkaClient
 from daemon.streams.bulk.install import install
 from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of
-from daemon.streams.kafka_group import Rebalance, add_rows, next_records, offsets_of, said
+from daemon.streams.kafka_group import Rebalance, add_rows, offsets_of, said
+from daemon.streams.kafka_mending import mend_consumer, next_records
 from daemon.streams.kafka_waiting import KeepAlive, skip
 from daemon.streams.resume import Start, resume
-from daemon.streams.topic_watch import BrokerProbe, StableEnds, TopicWatch, create_none
+from daemon.streams.topic_watch import BrokerProbe, StableEnds, TopicWatch
 
 log = structlog.get_logger("homeostat.kafka")
 
@@ -105,7 +105,7 @@ class KafkaSource:
             log.info("records are read one by one", reason=why)
         self._anew = set()
         self._listener = Rebalance(self._consumer.pause)
-        create_none(self._consumer)
+        mend_consumer(self._consumer)
         # First of all: a client that knows the topic already joins as if that had no partitions, and then again.
         self._consumer.subscribe([self._address.topic], listener=self._listener)
         if self.topic.open(self._consumer, existing_partitions(self._consumer, self._address)):

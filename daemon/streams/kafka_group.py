@@ -15,9 +15,6 @@ from daemon.records import Positions, RawBatch
 from daemon.stream_settings import KafkaClient
 from daemon.streams.kafka_client import name_of
 
-_JOIN_MS = 500
-"""Time that a poll has, at the least, while the group is being joined."""
-
 
 class Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]
     """Notes what the network thread saw; nothing here may block."""
@@ -41,22 +38,6 @@ class Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         """Somebody else may have them already."""
         self.lost.extend(lost)
-
-
-def next_records(consumer: Any, rows: int, timeout_ms: int) -> Any:
-    """What a poll gives: at most ``rows`` records, by partition; and a rebalance that is under way gets through.
-
-    kafka-python 3.0.12 loses a join of the group that a poll leaves in the middle: one that is done before the next
-    poll is begun anew, and one that was begun because the topic's partitions had changed is forgotten. Then no
-    heartbeat is sent, every commit is refused, and the group evicts the member. No records come meanwhile anyway.
-    """
-    coordinator: Any = getattr(consumer, "_coordinator", None)
-    if coordinator is not None and (coordinator.rejoining or coordinator.need_rejoin()):
-        timeout_ms = max(timeout_ms, _JOIN_MS)
-        with coordinator._lock:  # it may be through by now
-            if coordinator.rejoining:
-                coordinator.request_rejoin()
-    return consumer.poll(timeout_ms=timeout_ms, max_records=rows)
 
 
 def said(error: Exception, settings: KafkaClient) -> str:

@@ -15,7 +15,7 @@ from kafka.admin import NewTopic
 from daemon.errors import DeliveryError, TransactionError
 from daemon.records import DeadLetter
 from daemon.stream_settings import KafkaClient
-from daemon.streams.bulk.write import BulkProducer
+from daemon.streams.bulk.write import BulkProducer, usable
 from daemon.streams.dead_letters import partition_of, to_kafka
 from daemon.streams.kafka_client import Address, connect
 from daemon.streams.kafka_transactions import Transactions
@@ -65,6 +65,9 @@ class KafkaSink:
             raise ValueError("a Kafka sink needs a topic for answers, for dead letters or for questions")
         self._create_missing(address)
         compression, name = self._settings.compression, self._transactional_id
+        bulk, linger_ms = self._settings.bulk == "auto", self._settings.producer_linger_ms
+        if linger_ms is None:
+            linger_ms = 0 if bulk and usable() is None else 5
         more: dict[str, Any] = {}
         if name:
             # The default back-off of 100 ms between the requests that end a transaction is most of its time.
@@ -75,7 +78,7 @@ class KafkaSink:
             address,
             self._settings,
             metrics_enabled=False,
-            linger_ms=int(self._settings.producer_linger_ms),
+            linger_ms=int(linger_ms),
             compression_type=None if compression == "none" else compression,
             # The client's cost by request outweighs that by row.
             batch_size=262_144,
@@ -84,7 +87,7 @@ class KafkaSink:
             acks="all",
             **more,
         )
-        self._bulk = BulkProducer(self._producer, bulk=self._settings.bulk == "auto")
+        self._bulk = BulkProducer(self._producer, bulk=bulk)
         if self._bulk.reason is not None:
             log.info("answers are written one by one", reason=self._bulk.reason)
         if name:

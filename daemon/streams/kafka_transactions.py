@@ -16,11 +16,11 @@ import structlog
 from kafka import errors as kafka_errors
 
 from daemon.errors import AwayError, StreamError, TransactionError
+from daemon.streams.kafka_mending import mend_producer
 
 log = structlog.get_logger("homeostat.kafka")
 
 _WAIT_S = 1.0
-_UNREACHED_S = 0.02
 
 
 class Transactions:
@@ -33,7 +33,7 @@ class Transactions:
     def __init__(self, producer: Any, name: str) -> None:
         """``name`` is the transactional id of ``producer``."""
         self._producer = producer
-        _keep_requests(producer)
+        mend_producer(producer)
         self._name = name
         self._open = False
         self._thread: threading.Thread | None = None
@@ -130,25 +130,3 @@ class Transactions:
             self._producer.abort_transaction()
         except kafka_errors.KafkaError as error:
             log.info("transaction not aborted, the broker will", name=self._name, error=str(error))
-
-
-def _keep_requests(producer: Any) -> None:
-    """Have the producer's thread try again what a dead coordinator did not take.
-
-    kafka-python 3.0.12 drops a transaction's request when the node that it is for can't be reached, and the end of the
-    transaction is then waited for for ever. Where the node is only "not ready" it looks for another and tries again.
-    """
-    client = getattr(getattr(producer, "_sender", None), "_client", None)
-    ready = getattr(client, "await_ready", None)
-    if client is None or ready is None:
-        return
-
-    def await_ready(*arguments: Any, **named: Any) -> bool:
-        try:
-            return bool(ready(*arguments, **named))
-        except kafka_errors.KafkaConnectionError as error:
-            log.debug("coordinator not reached, asking for another", error=str(error))
-            time.sleep(_UNREACHED_S)  # it is asked for again at once
-            return False
-
-    client.await_ready = await_ready

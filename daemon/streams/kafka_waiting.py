@@ -11,7 +11,7 @@ from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
 from daemon.streams.kafka_client import name_of
-from daemon.streams.kafka_group import next_records
+from daemon.streams.kafka_mending import next_records
 
 log = structlog.get_logger("homeostat.kafka")
 

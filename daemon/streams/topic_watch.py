@@ -33,17 +33,6 @@ _SILENT_S = 2.0
 """Time without a record after which the broker is tried."""
 
 
-def create_none(consumer: Any) -> None:
-    """Have the client's refresh of what it knows create no topic.
-
-    kafka-python 3.0.12 does not hand its own option on: a topic that is missing, or was deleted, would come into being
-    by being read.
-    """
-    config = getattr(getattr(consumer, "_cluster", None), "config", None)
-    if isinstance(config, dict):
-        config["allow_auto_create_topics"] = False
-
-
 class TopicWatch:
     """Knows the topic as it was when it was opened, and what it has become."""
 

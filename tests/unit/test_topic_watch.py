@@ -11,7 +11,8 @@ from kafka import TopicPartition
 from daemon.errors import StreamError
 from daemon.streams import topic_watch
 from daemon.streams.kafka_client import Address
-from daemon.streams.topic_watch import StableEnds, TopicWatch, create_none
+from daemon.streams.kafka_mending import mend_consumer
+from daemon.streams.topic_watch import StableEnds, TopicWatch
 
 ZERO, ONE = TopicPartition("t", 0), TopicPartition("t", 1)
 
@@ -103,7 +104,7 @@ def test_positions_of_another_topic_are_told_at_the_start_and_unknown_ids_are_no
 
 def test_a_worker_never_makes_a_deleted_topic_anew_itself() -> None:
     client = Client()
-    create_none(client)
+    mend_consumer(client)
     assert client.config == {"allow_auto_create_topics": False}
 
 
