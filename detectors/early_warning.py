@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right, insort
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -170,11 +171,13 @@ class EarlyWarning(Detector):
 
 
 class _Trend:
-    """Kendall's S over the last ``points`` values, kept up to date: O(points) per value."""
+    """Kendall's S over the last ``points`` values, kept up to date: O(log points) per value, but for two short moves."""
 
     def __init__(self, points: int, values: list[float] | None = None) -> None:
         self.points = points
         self.values: list[float] = []
+        """In their order."""
+        self._ranked: list[float] = []
         self.score = 0
         for value in values or []:
             self.add(value)
@@ -183,19 +186,20 @@ class _Trend:
         """Take one more value, forget the oldest if there are too many; z of S, 0 while there are too few."""
         if len(self.values) == self.points:
             oldest = self.values.pop(0)
-            self.score -= _above(self.values, oldest)
-        self.score -= _above(self.values, value)
+            del self._ranked[bisect_left(self._ranked, oldest)]
+            self.score -= self._above(oldest)
+        self.score -= self._above(value)
         self.values.append(value)
+        insort(self._ranked, value)
         n = len(self.values)
         return self.score / math.sqrt(n * (n - 1) * (2 * n + 5) / 18.0) if n >= LEAST_POINTS else 0.0
+
+    def _above(self, pivot: float) -> int:
+        """How many values are above ``pivot`` minus how many are below."""
+        return len(self._ranked) - bisect_right(self._ranked, pivot) - bisect_left(self._ranked, pivot)
 
     @property
     def tau(self) -> float:
         """S over the number of pairs."""
         n = len(self.values)
         return 2.0 * self.score / (n * (n - 1)) if n > 1 else 0.0
-
-
-def _above(values: list[float], pivot: float) -> int:
-    """How many of ``values`` are above ``pivot`` minus how many are below."""
-    return sum([value > pivot for value in values]) - sum([value < pivot for value in values])

@@ -114,3 +114,36 @@ def test_a_disk_that_takes_nothing_costs_no_answer(
     assert set(counts) == {str(row) for row in range(800)}
     if delivery == "exactly-once":
         assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("delivery", ["exactly-once", "at-least-once"])
+def test_checkpoints_that_were_damaged_and_cut_short_are_named_and_the_one_before_is_used(
+    settings: dict[str, str], kafka_broker: str, topic: Callable[..., str], tmp_path: Path, delivery: str
+) -> None:
+    name, folder = topic(), tmp_path / "state" / "checkpoints"
+    made = on_kafka(settings, kafka_broker, name) | {
+        "HOMEOSTAT_DELIVERY": delivery,
+        "HOMEOSTAT_CHECKPOINT__EVERY_BATCHES": "1",
+        "HOMEOSTAT_CHECKPOINT__EVERY_S": "600",
+    }
+    with DaemonProcess(made, tmp_path / "a") as daemon:
+        daemon.wait_until_ready()
+        for first in (0, 100, 200):
+            produce(kafka_broker, name, records([str(row) for row in range(first, first + 100)]))
+            eventually("committed", lambda wanted=first + 100: committed(kafka_broker, f"g-{name}", name) >= wanted)
+        daemon.kill()
+    newest, second, *older = sorted(folder.glob("checkpoint-*.bin"), reverse=True)
+    assert older
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    os.truncate(second, second.stat().st_size // 2)
+    produce(kafka_broker, name, records([str(row) for row in range(300, 400)]))
+    with DaemonProcess(made, tmp_path / "b") as daemon:
+        daemon.wait_until_ready()
+        eventually("all is committed", lambda: committed(kafka_broker, f"g-{name}", name) >= 400)
+        assert daemon.terminate() == 0
+        assert newest.name in daemon.log and second.name in daemon.log and "refused" in daemon.log
+    counts = Counter(json.loads(found.value)["id"] for found in consume_committed(kafka_broker, f"{name}.answers"))
+    assert set(counts) == {str(row) for row in range(400)}
+    if delivery == "exactly-once":
+        assert set(counts.values()) == {1}
