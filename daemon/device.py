@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from daemon.records import F32
+
+_STATM = Path("/proc/self/statm")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Of the process's own control group (version 2), as a container sees it."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,7 +36,21 @@ def memory_bytes(device: torch.device) -> int:
     """Memory in use: CUDA's allocator, or the process' resident set on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):  # not Linux: the most that it ever was
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_limit_bytes(device: torch.device) -> int:
+    """What there is: the GPU's memory; on the CPU that of the container, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    machine = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    try:
+        return min(machine, int(_CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return machine
 
 
 def upload(x: F32, device: torch.device) -> torch.Tensor:

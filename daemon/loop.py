@@ -15,7 +15,7 @@ import structlog
 from numpy.typing import NDArray
 
 from daemon.actions import Actions
-from daemon.device import memory_bytes
+from daemon.device import memory_bytes, memory_limit_bytes
 from daemon.labels import FACTS, PLACES, Joined, LabelJoin
 from daemon.load import Load
 from daemon.monitor import Monitor
@@ -295,4 +295,5 @@ class Loop:
             rejected=self.tally.labels_rejected + (0 if self.labels is None else sum(self.labels.rejected.values())),
         )
         telemetry.device_memory.set(memory_bytes(self.resident.device))
+        telemetry.device_limit.set(memory_limit_bytes(self.resident.device))
         telemetry.enter(self.regulator.state)

@@ -217,6 +217,9 @@ class Telemetry:
             "homeostat_checkpoint_failures_total", "Checkpoints that could not be written.", **kw
         )
         self.device_memory = Gauge("homeostat_device_memory_bytes", "Memory of the model's device in use.", **kw)
+        self.device_limit = Gauge(
+            "homeostat_device_memory_limit_bytes", "Memory that the model's device, or the container, has.", **kw
+        )
         self.progress_time = Gauge(
             "homeostat_progress_timestamp_seconds",
             "When the loop last moved an offset or was seen idle without lag.",

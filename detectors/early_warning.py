@@ -171,7 +171,7 @@ class EarlyWarning(Detector):
 
 
 class _Trend:
-    """Kendall's S over the last ``points`` values, kept up to date: O(log points) per value, but for two short moves."""
+    """Kendall's S over the last ``points`` values, kept up to date: O(log points) per value, and two short moves."""
 
     def __init__(self, points: int, values: list[float] | None = None) -> None:
         self.points = points

@@ -1,15 +1,21 @@
-"""README's tables of variables and metrics, made from the code: ``python -m tests.docs`` writes them into README.md."""
+"""Tables that are made from the code and the rules: ``python -m tests.docs`` writes them into the documents."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 from daemon.config import variables
 from daemon.monitor import LEVEL_ROWS
 from daemon.telemetry import Telemetry
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DEPLOY = ROOT / "deploy" / "README.md"
+RULES = ROOT / "deploy" / "prometheus" / "homeostat.rules.yml"
 SIGNALS = ("input_shift", "feature_shift", "entropy")
 
 
@@ -35,16 +41,36 @@ def metrics_table() -> str:
     return "\n".join(rows)
 
 
-def rendered(text: str) -> str:
-    """``text`` with its two tables as they have to be."""
-    for name, table in (("variables", variables_table()), ("metrics", metrics_table())):
+def alerts_table() -> str:
+    """One row per alert."""
+    rows = ["| alert | severity | what it means, and what to do |", "|---|---|---|"]
+    for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]:
+        for rule in group["rules"]:
+            if "alert" in rule:
+                runbook = rule["annotations"]["runbook"].strip()
+                rows.append(f"| `{rule['alert']}` | {rule['labels']['severity']} | {runbook} |")
+    return "\n".join(rows)
+
+
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"variables": variables_table, "metrics": metrics_table},
+    DEPLOY: {"alerts": alerts_table},
+}
+
+
+def rendered(document: Path) -> str:
+    """The document's text with its tables as they have to be."""
+    text = document.read_text(encoding="utf-8")
+    for name, make in TABLES[document].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no place for the table of {name}")
+            raise ValueError(f"{document} has no place for the table of {name}")
+        table = make()
         text = pattern.sub(lambda found, table=table: found[1] + table + found[2], text)
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{README}: tables written; levels are means over {LEVEL_ROWS} rows")
+    for document in TABLES:
+        document.write_text(rendered(document), encoding="utf-8")
+    print(f"tables written; levels are means over {LEVEL_ROWS} rows")

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import pytest
 
 from daemon import __version__
 from daemon.cli import _COMMANDS
-from tests.docs import README, rendered
+from tests.docs import README, TABLES, rendered
 
 
-def test_readme_lists_the_variables_and_metrics_that_there_are() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert rendered(text) == text, "run python -m tests.docs"
+@pytest.mark.parametrize("document", TABLES, ids=lambda path: path.parent.name)
+def test_tables_say_what_there_is(document: Path) -> None:
+    assert rendered(document) == document.read_text(encoding="utf-8"), "run python -m tests.docs"
 
 
 def test_readme_names_every_command() -> None:

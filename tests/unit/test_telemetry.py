@@ -45,6 +45,7 @@ METRICS = {
     "homeostat_checkpoint_seconds": ("histogram", ()),
     "homeostat_checkpoint_failures": ("counter", ()),
     "homeostat_device_memory_bytes": ("gauge", ()),
+    "homeostat_device_memory_limit_bytes": ("gauge", ()),
     "homeostat_progress_timestamp_seconds": ("gauge", ()),
     "homeostat_ready": ("gauge", ()),
 }
