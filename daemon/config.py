@@ -20,7 +20,8 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 from daemon.errors import SettingsError
 from daemon.settings import PREFIX, Method, Settings
 
-RESERVED = frozenset(PREFIX + name for name in ("DATA", "GOLDEN", "TEST_KAFKA", "REQUIRE_ALL", "LONG", "KAFKA_CACHE"))
+_OF_TESTS = ("DATA", "GOLDEN", "TEST_KAFKA", "REQUIRE_ALL", "LONG", "SWEEP", "CHAOS", "KAFKA_CACHE")
+RESERVED = frozenset(PREFIX + name for name in _OF_TESTS)
 """Variables of the test suite and of the trial broker: allowed, not settings of the daemon."""
 
 _SECRET = re.compile("PASS|SECRET|TOKEN|KEY$", re.IGNORECASE)

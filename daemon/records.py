@@ -54,8 +54,8 @@ class Chunk(Protocol):
 class RawBatch:
     """Records as a source gave them, in columns; row ``i`` is record ``i``.
 
-    Either ``values`` holds the undecoded payloads, or (simulator, npz, CSV) ``batch`` is decoded already and
-    ``values`` is empty.
+    The undecoded payloads are in ``values``, or still in ``chunks`` (`unpack` and `fixed` know both), or there are none
+    (simulator, npz, CSV): ``batch`` is decoded already.
     """
 
     values: list[bytes | None] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from daemon.assembly import assemble
 from daemon.logs import StatusLine, configure
 from daemon.service import Service
 from daemon.settings import Settings
+from daemon.supervisor import Supervisor
 
 
 def run(settings: Settings, *, max_records: int | None = None, report: Path | None = None) -> int:
@@ -22,10 +24,14 @@ def run(settings: Settings, *, max_records: int | None = None, report: Path | No
     """
     status = StatusLine(sys.stderr)
     configure(settings.log_level, settings.log_format, status)
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a watchdog's SIGABRT leaves behind where each thread stood
     worker = assemble(settings, progress=status.show)
     service = Service(worker, max_records=max_records)
+    supervisor = Supervisor(service.progress.alive, lambda: service.ready()[1])
     try:
         service.start()
+        supervisor.ready()
         clock = _Clock(service)
         service.on_batch = lambda: clock.tick(status)
         code = service.run()
@@ -38,6 +44,7 @@ def run(settings: Settings, *, max_records: int | None = None, report: Path | No
     finally:
         status.clear()
         service.close()
+        supervisor.close()
 
 
 class _Clock:

@@ -185,7 +185,7 @@ class Settings(BaseSettings):
     batch_rows: int = Field(512, ge=1, le=65_536)
     """Most rows of one batch."""
     linger_ms: NonNegativeFloat = 5.0
-    """Longest wait for a fuller batch once the stream has nothing more to give."""
+    """Longest wait for a fuller batch, where what has come can't fill it."""
     probabilities: bool = False
     """Put every class's probability into each answer."""
     fast: Method = Method(name="auto")

@@ -39,7 +39,9 @@ def calls(tree: Path) -> Path:
 def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Without the variables by which a make that runs this test would speak to the one under test.
     env = {
-        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS"}
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "HOMEOSTAT_CHAOS"}
     }
     return subprocess.run(["make", *arguments], cwd=tree, env=env, capture_output=True, text=True, check=False)
 
@@ -80,6 +82,17 @@ def test_test_checks_style_and_types_before_the_tests(tree: Path, calls: Path) -
     assert "--editable .[dev]" in install
     tests = "python -m pytest -q -n 2 --dist loadgroup tests/unit -k name"
     assert steps == ["ruff check .", "ruff format --check .", "mypy ", tests]
+
+
+@pytest.mark.parametrize(("asked", "chaos"), [([], []), (["HOMEOSTAT_CHAOS=1"], ["tests/chaos"])])
+def test_chaos_comes_last_and_where_it_is_asked_for(
+    tree: Path, calls: Path, asked: list[str], chaos: list[str]
+) -> None:
+    done = make(tree, "test", *asked)
+    assert done.returncode == 0, done.stderr
+    *_, side_by_side, one_by_one = calls.read_text().splitlines()
+    assert "-n 2" in side_by_side and "--ignore tests/integration --ignore tests/chaos" in side_by_side
+    assert one_by_one.split() == ["python", "-m", "pytest", "-q", "tests/integration", *chaos]
 
 
 def test_an_old_python_is_refused_by_name_and_leaves_nothing(tree: Path) -> None:
