@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.daemon_process import DaemonProcess, answers, on_kafka, read_all, records
+from tests.dashboard import DASHBOARD
+from tests.docs import RULES
 from tests.kafka import produce
 
 COUNTERS = {
@@ -79,6 +82,17 @@ def test_a_live_scrape_agrees_with_what_the_topics_hold(
     kinds = dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(HISTOGRAMS, "histogram")
     assert {name: family.type for name, family in families.items() if name in kinds} == kinds
     assert all(family.documentation for family in families.values())
+
+
+def test_a_live_scrape_has_every_metric_that_rules_and_dashboard_ask_for(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    with DaemonProcess(settings | {"HOMEOSTAT_SOURCE": "sim://ageing?rate=500"}, tmp_path) as daemon:
+        daemon.wait_until_ready().wait_for("homeostat_records_in_total", 1)
+        _, text = daemon.get("/metrics")
+    there = set(re.findall(r"^(homeostat_\w+)", text, re.MULTILINE))
+    asked = set(re.findall(r"\bhomeostat_\w+", RULES.read_text() + DASHBOARD.read_text()))
+    assert asked and not asked - there
 
 
 def test_promtool_finds_nothing_wrong_with_a_live_scrape(settings: dict[str, str], tmp_path: Path) -> None:
