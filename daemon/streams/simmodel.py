@@ -15,13 +15,12 @@ _RATE, _MOMENTUM = 0.05, 0.9
 _FAULTY = 0.05  # share of the readings in training that are faulty
 
 
-def build() -> nn.Module:
-    """An untrained classifier: x (B, 16) to logits (B, 4).
+def build(sensors: int = AgeingArray.features, classes: int = AgeingArray.classes) -> nn.Module:
+    """An untrained classifier: x (B, sensors) to logits (B, classes).
 
     The first layer, a batch normalisation, standardises the readings; the features (B, 32) are the input of
     ``classifier``.
     """
-    sensors, classes = AgeingArray.features, AgeingArray.classes
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         standardise=nn.BatchNorm1d(sensors),
         linear1=nn.Linear(sensors, HIDDEN),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 FEATURES = {("raw", 200): 50, ("raw", 4096): 1024, ("json", 200): 28, ("json", 4096): 590}
 """Numbers in a record, by codec and about how many bytes its value has."""
-CLASSES, HIDDEN = 4, 32
+CLASSES = 4
 POOL = 2_048
 """Different rows in a stream; they come round and round."""
 SPREAD = 0.5
@@ -25,19 +24,9 @@ SPREAD = 0.5
 
 def build(features: int) -> nn.Module:
     """The simulator's perceptron for another width: x (B, features) to logits (B, 4)."""
-    from torch import nn
+    from daemon.streams import simmodel
 
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        standardise=nn.BatchNorm1d(features),
-        linear1=nn.Linear(features, HIDDEN),
-        norm1=nn.BatchNorm1d(HIDDEN),
-        relu1=nn.ReLU(),
-        linear2=nn.Linear(HIDDEN, HIDDEN),
-        norm2=nn.BatchNorm1d(HIDDEN),
-        relu2=nn.ReLU(),
-        classifier=nn.Linear(HIDDEN, CLASSES),
-    )
-    return nn.Sequential(layers)
+    return simmodel.build(features, CLASSES)
 
 
 build_raw_200 = partial(build, FEATURES["raw", 200])
