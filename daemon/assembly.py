@@ -22,8 +22,9 @@ from daemon.labels import LabelJoin
 from daemon.learner import Learner
 from daemon.loop import Loop
 from daemon.monitor import Monitor
-from daemon.opening import Streams, checkpoint_folder, is_simulated, load_bundle, open_streams
+from daemon.opening import Streams, load_bundle, open_streams
 from daemon.overload import Step
+from daemon.places import checkpoint_folder, is_simulated
 from daemon.queries import Queries
 from daemon.regulator import Regulator
 from daemon.resident import Resident

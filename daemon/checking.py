@@ -29,8 +29,9 @@ def check(settings: Settings) -> int:
             problems.append(str(error))
         return None
 
-    from daemon.assembly import assemble, checkpoint_folder, warm_up
+    from daemon.assembly import assemble, warm_up
     from daemon.checkpoint import Store
+    from daemon.places import checkpoint_folder
     from daemon.web import parse_address
 
     if settings.http != "off":

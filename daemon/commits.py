@@ -16,8 +16,9 @@ from collections.abc import Callable
 import structlog
 
 from daemon import checkpoint
-from daemon.assembly import Worker, checkpoint_folder
+from daemon.assembly import Worker
 from daemon.errors import CheckpointError
+from daemon.places import checkpoint_folder
 from daemon.records import Positions
 from daemon.streams.base import AcknowledgedLabels, AcknowledgedSource, SharedSource, TransactionalSink, parts_of
 from daemon.streams.resume import note_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
@@ -12,6 +11,7 @@ import structlog
 from daemon.bundle import Bundle, open_bundle
 from daemon.errors import SettingsError
 from daemon.identity import worker_name
+from daemon.places import checkpoint_folder, dead_letters_url, is_simulated
 from daemon.queries import Ask
 from daemon.settings import Settings
 from daemon.stream_settings import Mqtt
@@ -34,11 +34,6 @@ class Streams:
     """Where unanswerable records go, for the log."""
     ask: Ask | None = None
     """Takes the questions for labels; None: nobody is asked."""
-
-
-def is_simulated(settings: Settings) -> bool:
-    """Whether the stream is the embedded one."""
-    return settings.source.startswith("sim:")
 
 
 def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Bundle:
@@ -66,25 +61,6 @@ def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda tex
             features=settings.detect.features,
         )
     )
-
-
-def dead_letters_url(settings: Settings) -> str:
-    """Beside the source where that is Kafka, else a file in the state's folder, which is made.
-
-    Raises:
-        SettingsError: the folder can't be made.
-    """
-    if settings.dead_letters:
-        return settings.dead_letters
-    if settings.source.startswith("kafka:"):
-        return settings.source.rstrip("/") + ".dead-letters"
-    if is_simulated(settings):
-        return "null:"
-    try:
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError([f"HOMEOSTAT_STATE_DIR={settings.state_dir}: {error.strerror}"]) from None
-    return f"file:{settings.state_dir / 'dead-letters.jsonl'}"
 
 
 def open_label_stream(settings: Settings) -> LabelSource | None:
@@ -181,11 +157,3 @@ def _check_queries(settings: Settings) -> None:
             "labels are asked for, and there is no stream on which they could come: set HOMEOSTAT_LABELS",
             label_queries=settings.label_queries,
         )
-
-
-def checkpoint_folder(settings: Settings) -> Path | None:
-    """Where snapshots go; None when there are none."""
-    folder = settings.checkpoint.dir
-    if folder is not None:
-        return None if str(folder) == "off" else folder
-    return None if is_simulated(settings) else settings.state_dir / "checkpoints"

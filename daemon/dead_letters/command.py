@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = load_settings()
     from daemon.dead_letters.replaying import Wanted, replay
-    from daemon.opening import dead_letters_url
+    from daemon.places import dead_letters_url
 
     url = dead_letters_url(settings)
     to = settings.source if arguments.to is None else arguments.to

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from daemon.bundle import Manifest
 from daemon.errors import StreamError
 from daemon.evaluation.recording import Recording
-from daemon.opening import is_simulated, open_label_stream
+from daemon.opening import open_label_stream
+from daemon.places import is_simulated
 from daemon.records import F32, RawBatch
 from daemon.settings import Settings
 from daemon.streams.codecs import Codec, codec
