@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kafka import errors
 
-from daemon.errors import StreamError
+from daemon.errors import AwayError, StreamError
 from daemon.stream_settings import KafkaClient
 from daemon.streams import kafka_client
 from daemon.streams.kafka_client import Address, accepts, connect
@@ -342,3 +342,37 @@ def test_a_refused_login_is_a_lost_connection_to_kafka_python_and_backed_off_fro
             assert node in manager._backoff, "there is no connection"
         finally:
             client.close()
+
+
+def test_of_several_brokers_the_client_is_given_one_that_answers_and_that_one_is_asked_first_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def hangs(server: str, config: dict[str, Any], timeout_s: float) -> None:
+        asked.append(server)
+        if server == "x:1":
+            raise LoginFault("it accepts connections and did not answer", final=False)
+
+    monkeypatch.setattr(kafka_client, "try_login", hangs)
+    address = Address.parse("kafka://x:1,y:2,z:3/topic", "HOMEOSTAT_SOURCE")
+    for _ in range(2):
+        made = connect(lambda **config: config, address, KafkaClient())
+        assert made["bootstrap_servers"] == ["y:2"]
+    assert asked == ["x:1", "y:2", "y:2"]
+
+
+def test_a_broker_that_is_away_is_told_apart_from_one_that_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(**fault: bool) -> None:
+        def refuse(server: str, config: dict[str, Any], timeout_s: float) -> None:
+            raise LoginFault("no", **{"final": False} | fault)
+
+        monkeypatch.setattr(kafka_client, "try_login", refuse)
+
+    address = Address.parse("kafka://w:1/topic", "HOMEOSTAT_SOURCE")
+    settings = KafkaClient(bootstrap_timeout_s=0.05)
+    for fault, away in (({"absent": True}, True), ({}, True), ({"final": True}, False)):
+        answer(**fault)
+        with pytest.raises(StreamError) as caught:
+            connect(dict, address, settings)
+        assert isinstance(caught.value, AwayError) == away
