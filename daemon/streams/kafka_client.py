@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -188,14 +188,19 @@ def connect(make: Callable[..., Any], address: Address, settings: KafkaClient, *
             raise address.error(text, StreamError if final else AwayError)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 1.0)
-    try:
+    with asking(address, f"{server} let this client in ({_as_whom(settings)}), and then it failed: "):
         # The client draws one by lot and stays with it, also with one that hangs.
         return make(**{**shared, "bootstrap_servers": [server], **config})
+
+
+@contextlib.contextmanager
+def asking(address: Address, what: str = "") -> Iterator[None]:
+    """Let the client's errors be ours: `AwayError` where asking again may help, else `StreamError`."""
+    try:
+        yield
     except kafka_errors.KafkaError as error:
-        raise address.error(
-            f"{server} let this client in ({_as_whom(settings)}), and then it failed: {type(error).__name__}: {error}",
-            AwayError if error.retriable else StreamError,
-        ) from None
+        kind = AwayError if error.retriable else StreamError
+        raise address.error(f"{what}{type(error).__name__}: {error}", kind) from None
 
 
 def _share(deadline: float, address: Address) -> float:
@@ -205,9 +210,11 @@ def _share(deadline: float, address: Address) -> float:
 
 def existing_partitions(consumer: Any, address: Address) -> list[TopicPartition]:
     """The topic's partitions; raises StreamError, with the nearest name, when there is no such topic."""
-    partitions = consumer.partitions_for_topic(address.topic)
+    with asking(address):
+        partitions = consumer.partitions_for_topic(address.topic)
+        known = () if partitions else consumer.topics()
     if not partitions:
-        near = difflib.get_close_matches(address.topic, consumer.topics(), n=1)
+        near = difflib.get_close_matches(address.topic, known, n=1)
         advice = f"did you mean {near[0]!r}?" if near else "create it, or correct the name"
         raise address.error(f"topic {address.topic!r} does not exist on {', '.join(address.servers)}; {advice}")
     return [TopicPartition(address.topic, number) for number in sorted(partitions)]

@@ -13,6 +13,7 @@ from daemon.records import Labels, Positions
 from daemon.stream_settings import KafkaClient
 from daemon.streams.answers import decode_label
 from daemon.streams.kafka_client import Address, connect, existing_partitions, name_of
+from daemon.streams.kafka_mending import mend_consumer
 from daemon.streams.topic_watch import StableEnds, TopicWatch
 
 log = structlog.get_logger("homeostat.kafka")
@@ -57,6 +58,7 @@ class KafkaLabels:
             fetch_max_wait_ms=100,
             metadata_max_age_ms=self._settings.metadata_max_age_ms,
         )
+        mend_consumer(self._consumer)
         partitions = existing_partitions(self._consumer, self._address)
         self._topic = TopicWatch(self._address)
         self._topic.open(self._consumer, partitions)

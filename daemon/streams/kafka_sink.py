@@ -12,12 +12,12 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.admin import NewTopic
 
-from daemon.errors import DeliveryError, TransactionError
+from daemon.errors import AwayError, DeliveryError, StreamError, TransactionError
 from daemon.records import DeadLetter
 from daemon.stream_settings import KafkaClient
 from daemon.streams.bulk.write import BulkProducer, usable
 from daemon.streams.dead_letters import partition_of, to_kafka
-from daemon.streams.kafka_client import Address, connect
+from daemon.streams.kafka_client import Address, asking, connect
 from daemon.streams.kafka_transactions import Transactions
 
 log = structlog.get_logger("homeostat.kafka")
@@ -107,7 +107,8 @@ class KafkaSink:
     def _create_missing(self, address: Address) -> None:
         admin = connect(KafkaAdminClient, address, self._settings)
         try:
-            known = set(admin.list_topics())
+            with asking(address):
+                known = set(admin.list_topics())
             for wanted in (self._address, self._dead, self._queries):
                 if wanted is not None and wanted.topic not in known:
                     try:
@@ -115,7 +116,8 @@ class KafkaSink:
                     except kafka_errors.TopicAlreadyExistsError:
                         continue
                     except kafka_errors.KafkaError as error:
-                        raise wanted.error(f"topic does not exist and can't be created: {error}") from None
+                        kind = AwayError if error.retriable else StreamError
+                        raise wanted.error(f"topic does not exist and can't be created: {error}", kind) from None
                     log.info("topic created", topic=wanted.topic)
         finally:
             admin.close()
