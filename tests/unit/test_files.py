@@ -60,7 +60,7 @@ def test_json_lines_come_in_order_with_their_line_numbers(tmp_path: Path) -> Non
     assert raw.values == [line.encode() for line in path.read_text().splitlines()[:3]]
     assert raw.offsets == [0, 1, 2]
     assert raw.next_positions() == {f"file:{path}": 3}
-    assert not stream.at_end()
+    assert stream.can_fill(1)
     assert not stream.ended
     assert stream.poll(3, 0).offsets == [3, 4]
     assert stream.poll(3, 0).offsets == []
@@ -173,7 +173,7 @@ def test_a_followed_file_gives_each_line_once_it_is_whole(text: bytes, cuts: lis
             written = cut
             got += stream.poll(100, 0).values
             assert got == text[:cut].split(b"\n")[:-1]
-            assert stream.at_end()
+            assert not stream.can_fill(1)
             assert not stream.ended
 
 
@@ -208,10 +208,10 @@ def stdin() -> Iterator[Any]:
 
 def test_standard_input_gives_lines_as_they_come_and_ends_with_its_writer(stdin: Any) -> None:
     stream = source("-", positions={"file:-": 40})
-    assert stream.at_end()
+    assert not stream.can_fill(1)
     assert stream.poll(10, 0).values == []
     stdin.write(rows(2) + b'{"x":')
-    assert not stream.at_end()
+    assert stream.can_fill(1)
     raw = stream.poll(10, 5)
     assert len(raw.values) == 2
     assert raw.offsets == [40, 41]
