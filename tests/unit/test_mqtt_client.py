@@ -51,8 +51,9 @@ class Script:
                 self.heard.append(b"")
                 self._open.append(made)
                 threading.Thread(target=self._listen, args=(made, len(self.heard) - 1), daemon=True).start()
-                for line in said:
-                    made.sendall(line) if line is not None else made.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the client may be the first to hang up; the next one is served all the same
+                    for line in said:
+                        made.sendall(line) if line is not None else made.shutdown(socket.SHUT_RDWR)
 
     def _listen(self, made: socket.socket, number: int) -> None:
         with suppress(OSError):
