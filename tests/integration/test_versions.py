@@ -26,6 +26,8 @@ def learning(settings: dict[str, str], tmp_path: Path) -> dict[str, str]:
         "HOMEOSTAT_CHECKPOINT": str(tmp_path / "state" / "checkpoints"),
         "HOMEOSTAT_FAST": "none",
         "HOMEOSTAT_BATCH_ROWS": "64",
+        # Every batch is full, and so the same in every run, although the rows come at a pace.
+        "HOMEOSTAT_LINGER_MS": "1000",
         "HOMEOSTAT_SLOW__INLINE": "true",
         "HOMEOSTAT_SLOW__OPTIMIZER": "adam",
         "HOMEOSTAT_SLOW__LR": "0.02",
