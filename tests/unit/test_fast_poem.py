@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import adapters.fast as fast
@@ -94,6 +94,7 @@ def test_rows_of_several_bettors_are_bet_on_apart():
 
 
 @given(st.lists(st.floats(0.0, 2.0), min_size=1, max_size=30), st.lists(st.floats(0.0, 2.0), max_size=10))
+@example([2.225073858507e-311], [5e-324])
 def test_the_distribution_rises_from_0_to_1_and_can_be_inverted(source: list[float], others: list[float]):
     cdf = EntropyCdf(torch.tensor(source, dtype=torch.float64), 2.0)
     h = np.sort(np.array([*source, *others]))

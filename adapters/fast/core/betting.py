@@ -15,6 +15,10 @@ BET_STATE = 4
 """Numbers that a bettor remembers: ε, the sum of squared gradients, the log of its wealth, the rows it has seen."""
 
 
+SMALLEST = 1e-30
+"""Entropies below it are 0."""
+
+
 class EntropyCdf:
     """The distribution of the source's entropies, F, piecewise linear between 0 and the largest possible value.
 
@@ -26,6 +30,8 @@ class EntropyCdf:
     def __init__(self, entropies: Tensor, largest: float, weights: Tensor | None = None) -> None:
         """``entropies`` (N,) of the source in [0, ``largest``]; ``weights`` (N,) ≥ 0 their shares, by default equal."""
         h = entropies.detach().double().cpu().numpy().clip(0.0, largest)
+        # A step from 0 to a number that small would have a slope that is none.
+        h[h < SMALLEST] = 0.0
         w = np.ones_like(h) if weights is None else weights.detach().double().cpu().numpy()
         usable = np.isfinite(h) & (w > 0)
         x, position = np.unique(h[usable], return_inverse=True)
