@@ -12,7 +12,9 @@ BIN := .venv/bin
 # --python: else uv fills whichever environment happens to be activated.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 
-.PHONY: help run test lint bench bench-auto bench-detect bench-fast bench-kafka bench-slow errors clean
+QUICK := $(if $(filter 1,$(HOMEOSTAT_CHAOS)),,-m "not slow")
+
+.PHONY: help run test lint bench bench-auto bench-detect bench-fast bench-http bench-kafka bench-slow errors clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -20,12 +22,13 @@ help:
 run: .venv/.installed
 	$(BIN)/homeostat run $(ARGS)
 
-# Tests that start processes and brokers come after the others and one at a time: they have deadlines. Those that kill
-# them again and again take longer than a person waits, and are asked for: HOMEOSTAT_CHAOS=1 make test, as CI does.
+# Tests that start processes and brokers come after the others and one at a time: they have deadlines. Those marked slow,
+# and those that kill workers and brokers again and again, take longer than a person waits, and are asked for:
+# HOMEOSTAT_CHAOS=1 make test, as CI does.
 test: lint
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --ignore tests/integration --ignore tests/chaos
-	$(BIN)/python -m pytest -q tests/integration $(if $(filter 1,$(HOMEOSTAT_CHAOS)),tests/chaos)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(QUICK) --ignore tests/integration --ignore tests/chaos
+	$(BIN)/python -m pytest -q $(QUICK) tests/integration $(if $(QUICK),,tests/chaos)
 else
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
 endif
@@ -46,6 +49,9 @@ bench-detect: .venv/.installed-frouros
 
 bench-fast: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks.fast $(ARGS)
+
+bench-http: .venv/.installed-dev
+	$(BIN)/python -m tests.benchmarks.http $(ARGS)
 
 bench-kafka: .venv/.installed-quix
 	$(BIN)/python -m tests.benchmarks.kafka $(ARGS)

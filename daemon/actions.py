@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import structlog
 
+from daemon.chronicle import Chronicle
 from daemon.learner import Learner
 from daemon.monitor import Monitor
 from daemon.predicted import Predicted
-from daemon.regulator import Decision, Reading, RegulatorLimits, State
+from daemon.regulator import Decision, Event, Reading, RegulatorLimits, State
 from daemon.resident import Resident
 from daemon.shift_kind import ShiftKind
 from daemon.tally import Tally
@@ -23,7 +24,6 @@ log = structlog.get_logger("homeostat.regulator")
 
 WAYS_ROWS = 64
 """Rows at the least between two log lines on what answers."""
-Event = Literal["idle", "busy", "promoted", "rejected", "failed"]
 
 
 class Actions:
@@ -43,7 +43,7 @@ class Actions:
         self.learner = learner
         self._telemetry = telemetry
         self._tally = tally
-        self._limits = limits
+        self.limits = limits
         self._state = State.STEADY
         self._ways: tuple[str, ...] = ()
         self._since_ways = WAYS_ROWS
@@ -51,12 +51,15 @@ class Actions:
         """The guard's reason, for the next reading."""
         self.version_harm = False
         """The promoted version must go: it is shown to be worse than the frozen model, or not finite."""
+        self.chronicle = Chronicle()
         self.keeper = NoKeeper()
         """Told of every burst's end and every withdrawal."""
         self._given_up = False
         """A burst was wanted by the regulator and taken away by an operator; it is to hear of that."""
         self.rests = False
         """Under overload: no burst begins, and a deciding adapter has no copy run that doesn't answer."""
+        self.frozen = False
+        """An operator has stopped all adaptation and learning; part of the checkpoint."""
         self.trusted = self.decides
         """Whether the fast adaptation is served; else it runs in shadow."""
 
@@ -70,7 +73,7 @@ class Actions:
         if self._given_up and not self.learner.busy:
             self._given_up = False
             return "rejected"
-        held = self.resident.versions.held
+        held = self.resident.versions.held or self.frozen
         labelled = self.monitor.trust.labels_come()
         if self.learner.wanted and (held or not (labelled or self.learner.settings.pseudo_labels)):
             self.learner.cancel()
@@ -93,9 +96,8 @@ class Actions:
                 # A look of its own accord: what the regulator asked for is still to come.
                 return "busy" if self.learner.busy else "idle"
             return "rejected" if outcome.result in ("rejected", "declined", "cancelled") else "failed"
-        trigger = self._why(outcome.record)
         first = self.resident.current.number == 0
-        told = {**record, "trigger": trigger, "made_at": now()}
+        told = {**record, "trigger": self._why(outcome.record), "made_at": now()}
         version = self.resident.promote(outcome.delta, told, over_frozen=outcome.over_frozen)
         if self.decides:
             fast_error = self.monitor.errors["adapted"].value
@@ -104,14 +106,14 @@ class Actions:
         self.monitor.forget_version()
         self._tally.versions += 1
         self._telemetry.bursts["promoted"].inc()
-        log.info("version promoted", version=version.number, **record)
+        self.chronicle.tell(log.info, "version promoted", version=version.number, **record)
         self.keeper.decided("promoted", version.record, version=version.number)
         return "promoted"
 
     def _ended(self, result: str, record: dict[str, Any]) -> None:
         """A burst without a version."""
         self._telemetry.bursts[result].inc()
-        log.info("burst without a version", result=result, **record)
+        self.chronicle.tell(log.info, "burst without a version", result=result, **record)
         self.keeper.decided(result, {**record, "trigger": self._why(record)})
 
     def _why(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +134,26 @@ class Actions:
         self.learner.cancel()
         self.version_harm = False
         self.monitor.forget_version()
-        self.monitor.rebaseline(self._limits.settle_rows)
-        log.info("version rolled back", version=number, before=before)
+        self.monitor.rebaseline(self.limits.settle_rows)
+        self.chronicle.tell(log.info, "version rolled back", version=number, before=before)
+
+    def freeze(self) -> None:
+        """The current version answers as it is: nothing adapts, no burst begins, and the running one is thrown away."""
+        self.frozen = True
+        self._given_up = self.learner.busy
+        self.learner.cancel()
+        if self.trusted:
+            self.monitor.forget_served()
+        self.trusted = False
+
+    def unfreeze(self) -> None:
+        """Adapt and learn again, from where the fast state was."""
+        self.frozen = False
+
+    def forget_fast(self) -> None:
+        """Begin the fast adaptation again from nothing, because an operator asks for it."""
+        self.resident.reset_fast()
+        self.monitor.forget_fast()
 
     def answered(self, predicted: Predicted) -> None:
         """Count what answered the rows of a batch; log when most of them are answered in another way than before."""
@@ -166,17 +186,20 @@ class Actions:
             if self.trusted:
                 self._count_trip(verdict)
                 self.monitor.trust.raise_bar()
-            log.info("fast adaptation reset", reason=verdict, served=self.trusted)
+            self.chronicle.tell(log.info, "fast adaptation reset", reason=verdict, served=self.trusted)
             self.resident.reset_fast()
             self.monitor.forget_fast()
         self.version_harm |= self.monitor.slow_guard.verdict() is not None
         trusted = self._trusted(self._state)
         if trusted != self.trusted:
-            log.info("fast adaptation served" if trusted else "fast adaptation in shadow", gain=self.resident.gain)
+            where = "served" if trusted else "in shadow"
+            self.chronicle.tell(log.info, f"fast adaptation {where}", gain=self.resident.gain)
             self.monitor.forget_served()
         self.trusted = trusted
 
     def _trusted(self, state: State) -> bool:
+        if self.frozen:
+            return False
         if self.decides:
             return state is not State.FALLBACK and self.monitor.fast_guard.verdict() is None
         return self.monitor.trusted()
@@ -192,7 +215,7 @@ class Actions:
             self.resident.rollback(self.resident.versions.parent())
             self.monitor.forget_version()
             self.keeper.decided("withdrawn", {"reason": trip}, version=removed)
-            log.error("version withdrawn: worse than the frozen model", version=removed)
+            self.chronicle.tell(log.error, "version withdrawn: worse than the frozen model", version=removed)
         if trip is not None:
             self._count_trip(trip)
         return trip
@@ -214,9 +237,10 @@ class Actions:
             self.resident.versions.trigger = self._trigger(decision, reading, source)
             self.learner.ask()
         if decision.rebaseline:
-            self.monitor.rebaseline(self._limits.settle_rows)
+            self.monitor.rebaseline(self.limits.settle_rows)
         if decision.changed or decision.reasons:
-            log.info(
+            self.chronicle.tell(
+                log.info,
                 "decision",
                 state=decision.state.value,
                 before=self._state.value,
@@ -231,12 +255,12 @@ class Actions:
             )
         self._state = decision.state
         self._telemetry.enter(decision.state)
-        if self.decides:
+        if self.decides and not self.frozen:
             # Every row counts as evidence, in every state; only what costs a forward pass waits for an alarm.
             self.resident.set_alert(decision.adapt and not self.rests)
             self.trusted = self._trusted(decision.state)
             return decision.state is not State.FALLBACK
-        return decision.adapt
+        return decision.adapt and not self.frozen
 
     def _trigger(self, decision: Decision, reading: Reading, source: str) -> dict[str, Any]:
         """Why the slow loop is asked: a part of the record of what it makes."""
@@ -253,22 +277,21 @@ class Actions:
         watch = self.monitor.watch
         kind = watch.judge(self.monitor.stream_deviations)
         steady = self._state is State.STEADY
-        counted = [name for name in watch.alarms if steady or name in REPORTED]
-        for name in counted:
+        for name in (each for each in watch.alarms if steady or each in REPORTED):
             # A risk that stays high is no shift of its own: it counts for the one at hand.
             kind_now = ShiftKind.CONCEPT if watch.shift.kind is ShiftKind.NONE else watch.shift.kind
             self._telemetry.drifts[name, kind_now.value].inc()
         if reading.drift and steady:
             self._tally.drifts += 1
             value = round(reading.value, 3)
-            log.info("drift", signals=watch.alarms, shift=watch.shift.kind.value, value=value)
+            self.chronicle.tell(log.info, "drift", signals=watch.alarms, shift=watch.shift.kind.value, value=value)
         elif kind is ShiftKind.NONE:
-            log.info("no shift any more")
+            self.chronicle.tell(log.info, "no shift any more")
         elif kind is not None:
-            log.info("shift", kind=kind.value, signals=watch.alarms)
+            self.chronicle.tell(log.info, "shift", kind=kind.value, signals=watch.alarms)
         for name in watch.warnings:
             self._telemetry.warnings[name].inc()
-            log.info("early warning: variance or memory of a signal grows", signal=name)
+            self.chronicle.tell(log.info, "early warning: variance or memory of a signal grows", signal=name)
 
     def resume(self, state: State) -> None:
         """Go on in ``state`` after a restart."""

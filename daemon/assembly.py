@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 import torch
 
 from daemon.actions import Actions
-from daemon.bundle import Bundle
+from daemon.bundle import Bundle, Manifest
 from daemon.detector_settings import check_calibrated, check_detectors
 from daemon.device import choose_device
 from daemon.errors import SettingsError
@@ -23,69 +21,22 @@ from daemon.learner import Learner
 from daemon.loop import Loop
 from daemon.monitor import Monitor
 from daemon.opening import Streams, load_bundle, open_streams
-from daemon.overload import Step
 from daemon.places import checkpoint_folder, is_simulated
 from daemon.queries import Queries
 from daemon.regulator import Regulator
 from daemon.resident import Resident
 from daemon.settings import Settings
 from daemon.signals import Meter
-from daemon.streams.base import LabelSource, Sink, Source
 from daemon.streams.codecs import Codec, codec
 from daemon.tally import Tally
 from daemon.telemetry import Telemetry
-from daemon.versioning.keeper import Keeper, NoKeeper
+from daemon.tracing.opening import tracing_of
+from daemon.versioning.keeper import Keeper
+from daemon.worker import Worker
 
 __all__ = ["Worker", "assemble", "build", "checkpoint_folder", "is_simulated", "load_bundle", "warm_up"]
 
 log = structlog.get_logger("homeostat")
-
-
-@dataclass
-class Worker:
-    """Everything that one process runs."""
-
-    settings: Settings
-    bundle: Bundle
-    source: Source
-    sink: Sink
-    labels: LabelSource | None
-    loop: Loop
-    telemetry: Telemetry
-    config_hash: str
-    keeper: NoKeeper = field(default_factory=NoKeeper)
-    """Of the versions on disk."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All state that a checkpoint holds."""
-        loop = self.loop
-        return {
-            "resident": loop.resident.state_dict(),
-            "monitor": loop.monitor.state_dict(),
-            "regulator": loop.regulator.state_dict(),
-            "adapt": loop.adapt,
-            "join": None if loop.join is None else loop.join.state_dict(),
-            "learner": loop.actions.learner.state_dict(),
-            "tally": loop.tally.state_dict(),
-            "overload": int(loop.load.step),
-            "queries": None if loop.queries is None else loop.queries.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the checkpoint was taken."""
-        loop = self.loop
-        loop.resident.load_state_dict(state["resident"])
-        loop.monitor.load_state_dict(state["monitor"])
-        loop.regulator.load_state_dict(state["regulator"])
-        loop.adapt = bool(state["adapt"])
-        if loop.join is not None and state["join"] is not None:
-            loop.join.load_state_dict(state["join"])
-        loop.actions.learner.load_state_dict(state["learner"])
-        loop.tally.load_state_dict(state["tally"])
-        loop.load.step = Step(state.get("overload", 0))
-        if loop.queries is not None:
-            loop.queries.load_state_dict(state.get("queries"))
-        loop.actions.resume(loop.regulator.state)
 
 
 def _config_hash(settings: Settings, bundle: Bundle) -> str:
@@ -115,19 +66,45 @@ def assemble(settings: Settings, progress: Callable[[str], None] = lambda text: 
     torch.set_num_threads(settings.threads)
     check_detectors(settings)
     labelled = bool(settings.labels) or is_simulated(settings)
+    tracing = tracing_of(settings)
     bundle = load_bundle(settings, progress)
-    worker = build(settings, bundle, lambda decoder: open_streams(settings, decoder), labelled)
-    if checkpoint_folder(settings) is not None or not is_simulated(settings):
-        loop = worker.loop
-        worker.keeper = Keeper(
-            settings.state_dir / "versions",
-            loop.resident,
-            bundle=bundle.hash,
-            position=lambda: (loop.tally.records, loop.positions),
-            failed=worker.telemetry.version_failures.inc,
-        )
-        loop.actions.keeper = worker.keeper
+    worker = build(settings, bundle, lambda decoder: open_streams(settings, decoder), labelled, tracing.loop_type)
+    keep_versions(worker)
+    tracing.begin(worker)
+    worker.tracing = tracing
     return worker
+
+
+def keep_versions(worker: Worker) -> None:
+    """Give the worker a keeper of its bundle's versions, where anything is kept."""
+    settings, loop = worker.settings, worker.loop
+    if checkpoint_folder(settings) is None and is_simulated(settings):
+        return
+    worker.keeper = loop.actions.keeper = Keeper(
+        settings.state_dir / "versions",
+        loop.resident,
+        bundle=worker.bundle.hash,
+        position=lambda: (loop.tally.records, loop.positions),
+        failed=worker.telemetry.version_failures.inc,
+    )
+
+
+def assemble_beside(running: Worker, settings: Settings, fits: Callable[[Manifest], None]) -> Worker:
+    """Another bundle's worker with the streams, metrics and counts of one that runs, which is not touched.
+
+    Args:
+        running: the one that runs.
+        settings: the bundle is theirs.
+        fits: raises where the bundle does not fit the streams.
+
+    Raises:
+        HomeostatError: naming the variable or file and what is wrong.
+    """
+    bundle = load_bundle(settings)
+    fits(bundle.manifest)
+    streams = Streams(running.source, running.sink, running.labels)
+    labelled = bool(settings.labels) or is_simulated(settings)
+    return build(settings, bundle, lambda decoder: streams, labelled, beside=running.loop)
 
 
 def build(
@@ -136,6 +113,8 @@ def build(
     streams: Callable[[Codec], Streams],
     labelled: bool,
     loop_type: type[Loop] = Loop,
+    *,
+    beside: Loop | None = None,
 ) -> Worker:
     """Build the worker around ``bundle``; ``streams`` makes what it reads and writes.
 
@@ -145,6 +124,7 @@ def build(
         streams: called last, with the records' codec.
         labelled: whether a label stream comes with the records.
         loop_type: what carries out the loop.
+        beside: the one whose metrics and counts it shares.
 
     Raises:
         HomeostatError: naming the variable or file and what is wrong.
@@ -215,8 +195,9 @@ def build(
         limits = _without_slow(limits)
     regulator = Regulator(limits)
     watch = monitor.watch
-    telemetry = Telemetry(monitor.signal_names(), list(monitor.deviations()), list(watch.detectors), list(watch.early))
-    tally = Tally(outputs=classes or 0)
+    names = (monitor.signal_names(), list(monitor.deviations()), list(watch.detectors), list(watch.early))
+    telemetry = Telemetry(*names) if beside is None else beside.telemetry
+    tally = Tally(outputs=classes or 0) if beside is None else beside.tally
     decoder = codec(settings.codec, shape, settings.registry)
     opened = streams(decoder)
     queries = None
@@ -239,17 +220,6 @@ def build(
         slots_by_key=settings.slots == "key",
         queries=queries,
     )
-    telemetry.build.info(
-        {
-            "version": telemetry.product_version,
-            "bundle": bundle.hash,
-            "fast": settings.fast.name,
-            "slow": settings.slow.name if settings.slow.enabled else "off",
-            "device": str(device),
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-        }
-    )
     if bundle.calibration["arl0"] != settings.detect.arl0:
         log.warning(
             "the bundle's detectors are calibrated for another HOMEOSTAT_DETECT__ARL0: pack it again to change that",
@@ -266,7 +236,10 @@ def build(
         dead_letters=opened.dead_letters,
     )
     parts = (opened.source, opened.sink, opened.labels, loop, telemetry)
-    return Worker(settings, bundle, *parts, _config_hash(settings, bundle))
+    worker = Worker(settings, bundle, *parts, _config_hash(settings, bundle))
+    if beside is None:
+        worker.announce()
+    return worker
 
 
 def _without_slow(limits: Any) -> Any:

@@ -91,6 +91,11 @@ class Band:
         """Begin to count the rows in band anew."""
         self.inside = 0
 
+    def limit(self, limits: Any) -> None:
+        """Take the four limits of ``limits``; what was counted stays."""
+        for name in _LIMITS:
+            setattr(self, name, getattr(limits, name))
+
     def state_dict(self) -> dict[str, Any]:
         """All but the four limits."""
         return {name: value for name, value in asdict(self).items() if name not in _LIMITS}

@@ -23,7 +23,7 @@ class Batcher:
         self._source = source
         self.rows = rows
         """Of a full batch; may change between two calls."""
-        self._linger_s = linger_s
+        self.linger_s = linger_s
         self._clock = clock
         self._held: RawBatch | None = None
 
@@ -41,7 +41,7 @@ class Batcher:
                 return None
             self._held = polled
         if len(self._held) < rows and not self._source.ended:
-            left_s = self._linger_s - (self._clock() - self._held.arrived)
+            left_s = self.linger_s - (self._clock() - self._held.arrived)
             more = self._source.poll(rows - len(self._held), min(idle_s, max(left_s, 0.001)))
             if len(more):
                 _extend(self._held, more)
@@ -49,7 +49,7 @@ class Batcher:
         if missing <= 0 or self._source.ended:
             return self.flush()
         waited = self._clock() - self._held.arrived
-        if waited >= STALL_S or (waited >= self._linger_s and not self._source.can_fill(missing)):
+        if waited >= STALL_S or (waited >= self.linger_s and not self._source.can_fill(missing)):
             return self.flush()
         return None
 

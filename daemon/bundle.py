@@ -54,6 +54,11 @@ class Manifest:
     schema: int = SCHEMA
     files: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def hash(self) -> str:
+        """Short digest of everything in the bundle."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass(slots=True)
 class Bundle:
@@ -68,7 +73,7 @@ class Bundle:
     @property
     def hash(self) -> str:
         """Short digest of everything in it."""
-        return hashlib.sha256(json.dumps(self.manifest.files, sort_keys=True).encode()).hexdigest()[:16]
+        return self.manifest.hash
 
 
 def build_model(factory: str, app_dir: Path = Path("."), *, variable: str = "HOMEOSTAT_FACTORY") -> nn.Module:

@@ -31,11 +31,11 @@ def check(settings: Settings) -> int:
 
     from daemon.assembly import assemble, warm_up
     from daemon.checkpoint import Store
+    from daemon.front.opening import check_front
     from daemon.places import checkpoint_folder
-    from daemon.web import parse_address
+    from daemon.tracing.opening import CLOSE_S
 
-    if settings.http != "off":
-        attempt(lambda: parse_address(settings.http))
+    attempt(lambda: check_front(settings))
     if (folder := checkpoint_folder(settings)) is not None:
         attempt(lambda: Store(folder, keep=settings.checkpoint.keep).newest())
     worker = attempt(lambda: assemble(settings))
@@ -49,6 +49,7 @@ def check(settings: Settings) -> int:
         for part in (worker.source, worker.sink, worker.labels):
             if part is not None:
                 part.close()
+        worker.tracing.close(CLOSE_S)
     for problem in problems:
         print(f"homeostat: {problem}", file=sys.stderr)
     if not problems:

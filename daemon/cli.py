@@ -16,6 +16,7 @@ from daemon import simulate_command
 from daemon.dead_letters import command as replay_command
 from daemon.errors import HomeostatError, SettingsError
 from daemon.evaluation import command as evaluate_command
+from daemon.operating import command as ctl_command
 from daemon.recorded import command as detect_command
 from daemon.versioning import command as versions_command
 
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_command.add(commands)
     replay_command.add(commands)
     versions_command.add(commands)
+    ctl_command.add(commands)
     return parser
 
 
@@ -277,6 +279,7 @@ _COMMANDS = {
     "evaluate": evaluate_command.run,
     "replay-dlq": replay_command.run,
     "versions": versions_command.run,
+    "ctl": ctl_command.run,
 }
 
 if __name__ == "__main__":

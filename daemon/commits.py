@@ -37,7 +37,6 @@ class Commits:
         """``waiting`` is called with the reason while a sink can't take more; it may raise to give up."""
         self._worker = worker
         self._waiting = waiting
-        self._settings = worker.settings.checkpoint
         self.store: checkpoint.Store | None = None
         self.id = checkpoint.new_id()
         """Line of descent of this worker's checkpoints."""
@@ -62,7 +61,7 @@ class Commits:
         if folder is None:
             return None, None
         if self.store is None:
-            self.store = checkpoint.Store(folder, keep=self._settings.keep)
+            self.store = checkpoint.Store(folder, keep=self._worker.settings.checkpoint.keep)
             self.store.lock()
         snapshot = self.store.newest()
         for line in self.store.refused:
@@ -115,13 +114,13 @@ class Commits:
             return False
         if asked and fresh and isinstance(source, AcknowledgedSource) and source.wants_commit:
             return True
-        every = self._settings.every_batches
+        every = self._worker.settings.checkpoint.every_batches
         if every is not None and self._batches >= every:
             return True
         # What lies between the checkpoint and the last transaction is read again after a crash: that way is bounded.
         if self.exact and fresh * 2 >= max(1, self._worker.settings.kafka.max_rebuild):
             return True
-        return time.monotonic() - self._saved_at >= self._settings.every_s
+        return time.monotonic() - self._saved_at >= self._worker.settings.checkpoint.every_s
 
     def step(self) -> None:
         """With exactly-once: end the transaction when it is due, beside the loop.
@@ -209,8 +208,8 @@ class Commits:
 
         Else a crash before the first one would find the group's offset alone, and the state before it lost.
         """
-        if self.exact and self.store is not None:
-            self._write()
+        if self.exact and self.store is not None and self._write():
+            self._worker.keeper.saved(self.sequence)  # decisions from now on come after this one
 
     def _write(self) -> bool:
         worker, store = self._worker, self.store

@@ -17,17 +17,18 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from daemon.env_file import merged
 from daemon.errors import SettingsError
-from daemon.settings import PREFIX, Method, Settings
+from daemon.settings import ENVIRON, PREFIX, Method, Settings
 
-_OF_TESTS = ("DATA", "GOLDEN", "TEST_KAFKA", "REQUIRE_ALL", "LONG", "SWEEP", "CHAOS", "KAFKA_CACHE")
+_OF_TESTS = ("DATA", "GOLDEN", "TEST_KAFKA", "TEST_OUTPUT", "REQUIRE_ALL", "LONG", "SWEEP", "CHAOS", "KAFKA_CACHE")
 RESERVED = frozenset(PREFIX + name for name in _OF_TESTS)
 """Variables of the test suite and of the trial broker: allowed, not settings of the daemon."""
 
 _SECRET = re.compile("PASS|SECRET|TOKEN|KEY$", re.IGNORECASE)
 """Names whose values are never printed, misspelt ones included."""
 
-_SHORT_FORMS = {"fast": "name", "detect": "name", "slow": "name", "checkpoint": "dir"}
+_SHORT_FORMS = {"fast": "name", "detect": "name", "slow": "name", "checkpoint": "dir", "traces": "mode"}
 
 
 class Variable(NamedTuple):
@@ -65,7 +66,8 @@ def _kind(annotation: Any) -> str:
         return annotation
     if choices := [str(choice) for choice in get_args(annotation) if isinstance(choice, str)]:
         return "|".join(choice or '""' for choice in choices)
-    names = [getattr(part, "__name__", str(part)) for part in get_args(annotation) or (annotation,)]
+    parts = [part.__origin__ if hasattr(part, "__metadata__") else part for part in get_args(annotation)]
+    names = [getattr(part, "__name__", str(part)) for part in parts or (annotation,)]
     return "|".join(name for name in names if name != "NoneType" and not name.startswith(("Gt", "Ge")))
 
 
@@ -103,7 +105,7 @@ def variables() -> tuple[Variable, ...]:
     return tuple(walk(Settings, PREFIX, None))
 
 
-def _unknown(environ: Mapping[str, str]) -> list[str]:
+def _unknown(environ: Mapping[str, str], places: Mapping[str, str]) -> list[str]:
     known = {variable.name for variable in variables()}
     free = tuple(
         f"{PREFIX}{name.upper()}__" for name, info in Settings.model_fields.items() if isinstance(info.default, Method)
@@ -116,8 +118,12 @@ def _unknown(environ: Mapping[str, str]) -> list[str]:
         advice = f"did you mean {near[0]}?" if near else "`homeostat run --help` lists all"
         # A misspelt secret is a secret still, and so is a whole section in one value.
         shown = "***" if "PASS" in name.upper() or "KAFKA" in name.upper() else _shown(environ[name])
-        problems.append(f"{name}={shown}: no such variable; {advice}")
+        problems.append(f"{name}={shown}: no such variable; {advice}{_place(name, places)}")
     return problems
+
+
+def _place(name: str, places: Mapping[str, str]) -> str:
+    return f" ({places[name.upper()]})" if name.upper() in places else ""
 
 
 def _shown(value: str) -> str:
@@ -125,18 +131,37 @@ def _shown(value: str) -> str:
     return re.sub(r"//[^/@]*@", "//***@", value)
 
 
-def _line(error: Any) -> str:
+def _line(error: Any, places: Mapping[str, str]) -> str:
     path = [str(part) for part in error["loc"]]
     name = (PREFIX + "__".join(path)).upper()
     listed = {variable.name: variable for variable in variables()}
+    if error["type"] == "value_error" and any(one.startswith(f"{name}__") for one in listed):
+        return _section_line(name, error, listed, places)
     while name not in listed and len(path) > 1:
         path.pop()
         name = (PREFIX + "__".join(path)).upper()
     variable = listed.get(name)
-    right = f"; right would be {variable.kind}, default {variable.default or 'empty'}" if variable else ""
+    for section, inner in _SHORT_FORMS.items():
+        if name == f"{PREFIX}{section}__{inner}".upper() and name not in map(str.upper, ENVIRON.get()):
+            name = f"{PREFIX}{section}".upper()
+    problem = str(error["msg"]).removeprefix("Value error, ")
+    right = ""
+    if variable and "right would be" not in problem:
+        without = "empty" if variable.kind in ("str", "name") else "unset"
+        right = f"; right would be {variable.kind}, default {variable.default or without}"
+    right += _place(name, places)
     if _SECRET.search(name):
-        return f"{name}=***: {error['msg']}{right}"
-    return f"{name}={_shown(str(error['input']))}: {error['msg'][:1].lower()}{error['msg'][1:]}{right}"
+        return f"{name}=***: {problem}{right}"
+    return f"{name}={_shown(str(error['input']))}: {problem[:1].lower()}{problem[1:]}{right}"
+
+
+def _section_line(name: str, error: Any, listed: Mapping[str, Variable], places: Mapping[str, str]) -> str:
+    """What a section's own limits find wrong: "delta is 7.0: give ...", or a sentence on several of its fields."""
+    problem = str(error["msg"]).removeprefix("Value error, ")
+    found = re.match(r"(\w+) is ([^:]+): ", problem)
+    if found and (field := f"{name}__{found[1]}".upper()) in listed:
+        return f"{field}={found[2]}: {problem[found.end() :]}{_place(field, places)}"
+    return f"{name}: {problem}" + "".join(_place(one, places) for one in places if one.startswith(f"{name}__"))
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -148,8 +173,9 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         SettingsError: with one line per problem: variable, value, what is wrong, what would be right.
     """
-    environ = os.environ
-    problems = _unknown(environ)
+    environ, places = merged(os.environ)
+    problems = _unknown(environ, places)
+    token = ENVIRON.set(environ)
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
@@ -159,9 +185,11 @@ def load_settings(**overrides: Any) -> Settings:
             for item in error.errors()
             if item["type"] != "extra_forbidden" or (PREFIX + "__".join(map(str, item["loc"]))).upper() not in named
         ]
-        raise SettingsError(problems + [_line(item) for item in wrong]) from None
+        raise SettingsError(problems + [_line(item, places) for item in wrong]) from None
     except PydanticSettingsError as error:
         raise SettingsError([*problems, str(error)]) from None
+    finally:
+        ENVIRON.reset(token)
     if problems:
         raise SettingsError(problems)
     return settings

@@ -133,6 +133,14 @@ class LabelJoin:
             self._met += [name for name in ids if name in self._early]
         self._next = first + count
 
+    def outdate(self) -> None:
+        """Another model answers from now on: what waits is scored as it was emitted, and is no evidence any more."""
+        for index, name in enumerate(FACTS):
+            if name in ("adapted", "version", "frozen", "place", "both"):
+                self._facts[:, index] = UNKNOWN
+            elif name in ("epoch", "number"):
+                self._facts[:, index] = -1.0
+
     def waits(self, name: str) -> bool:
         """Whether a row of that id is still without its label, and in the window."""
         return name in self._rows

@@ -21,7 +21,7 @@ from adapters.reference import Reference
 from adapters.slow import optimizers
 from daemon.burst import Job, Outcome
 from daemon.labels import Joined
-from daemon.learning import Unlabelled, make_bench, open_exact
+from daemon.learning import Unlabelled, check_optimizer, make_bench, open_exact
 from daemon.records import F32
 from daemon.settings import Slow
 from daemon.worth import Worth
@@ -55,7 +55,7 @@ class Learner:
         self.settings = settings
         self._classes, self._frozen = classes, model
         self._y_type = np.int64 if task == "classification" else np.float32
-        self._bench = make_bench(settings, reference, model, task, classes, head)
+        self.bench = make_bench(settings, reference, model, task, classes, head)
         x, y = reference.exemplars_x.cpu().numpy(), reference.exemplars_y.cpu().numpy()
         self.replay = slow.Replay(
             input_shape,
@@ -72,7 +72,7 @@ class Learner:
         self.holdout = slow.Holdout(
             input_shape, settings.holdout_rows, classes=classes, max_queries=settings.max_queries
         )
-        self._exact = open_exact(settings, self._bench.method, reference, model, classes)
+        self._exact = open_exact(settings, self.bench.method, reference, model, classes)
         self.bank = slow.Bank(settings.regimes, settings.memory_bytes) if settings.regimes else None
         self.worth = Worth(settings.price, source_error)
         self._seen = Unlabelled(input_shape, settings.memory_bytes)
@@ -90,12 +90,13 @@ class Learner:
 
     def check(self, model: nn.Module) -> str | None:
         """Why nothing of this model can be learnt, None if something can."""
-        return self._bench.method.check(model)
+        check_optimizer(self.settings, gradients=self.gradients)
+        return self.bench.method.check(model)
 
     @property
     def gradients(self) -> bool:
         """Whether the method needs bursts at all."""
-        return not isinstance(self._bench.method, slow.ExactMethod)
+        return not isinstance(self.bench.method, slow.ExactMethod)
 
     def warm_up(self) -> None:
         """Import what takes seconds beside the stream, at the first label: without labels nothing is ever learnt."""
@@ -105,7 +106,7 @@ class Learner:
             self._warm.start()
 
     def _try_optimizer(self) -> None:
-        if callable(warm := getattr(self._bench.method, "warm_up", None)):
+        if callable(warm := getattr(self.bench.method, "warm_up", None)):
             warm()
         if problem := optimizers.check(self.settings.optimizer, lr=self.settings.lr):
             log.error("the slow loop's optimiser can't be used: every burst will fail", problem=problem)
@@ -167,7 +168,7 @@ class Learner:
             return None
         # The newest labels by the version of now: what was served is known of the rows before their delay alone.
         rows = self.holdout.rows()
-        lost = self._bench.mean_loss(version, rows.x, rows.y)
+        lost = self.bench.mean_loss(version, rows.x, rows.y)
         error = min(error, lost) if math.isfinite(error) else lost
         if self.wanted or self._promising(error):
             return self._start(version, number, error)
@@ -231,7 +232,7 @@ class Learner:
         for _ in range(job.most - 1):
             self.holdout.look()
         if self.settings.inline:
-            return self._ended(self._bench.run(job))
+            return self._ended(self.bench.run(job))
         self._thread = threading.Thread(target=self._run_aside, args=(job,), name="learner", daemon=True)
         self._thread.start()
         return None
@@ -241,9 +242,9 @@ class Learner:
         if device.type == "cuda":
             # Its own stream, so that serving doesn't queue behind training.
             with torch.cuda.stream(torch.cuda.Stream(device)):
-                self._outcome = self._bench.run(job)
+                self._outcome = self.bench.run(job)
         else:
-            self._outcome = self._bench.run(job)
+            self._outcome = self.bench.run(job)
 
     def _ended(self, outcome: Outcome) -> Outcome:
         if self._cancel.is_set():

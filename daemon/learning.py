@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import nn
 import adapters.slow as slow
 from adapters.features import find_head
 from adapters.reference import Reference
+from adapters.slow import optimizers
 from daemon.burst import Bench
+from daemon.errors import SettingsError
 from daemon.records import F32
 from daemon.settings import Slow
 
@@ -36,16 +39,7 @@ def make_bench(
     return Bench(
         method=_method(settings),
         name=settings.name,
-        options=slow.BurstOptions(
-            steps=settings.steps,
-            batch_size=settings.batch_rows,
-            optimizer=settings.optimizer,
-            lr=settings.lr,
-            reference_share=settings.reference_share,
-            seconds=None if settings.inline else settings.seconds,
-            duty=1.0 if settings.inline else settings.duty,
-            memory_bytes=settings.burst_bytes,
-        ),
+        options=_paces(settings),
         task="regression" if task == "regression" else "classification",
         alpha=settings.alpha,
         reference_margin=settings.reference_margin,
@@ -55,6 +49,42 @@ def make_bench(
         head=head,
         classes=classes,
     )
+
+
+def repaced(bench: Bench, settings: Slow) -> Bench:
+    """The same method with other paces and bounds; a burst that runs keeps its own."""
+    return replace(
+        bench,
+        options=_paces(settings),
+        alpha=settings.alpha,
+        reference_margin=settings.reference_margin,
+        run_rows=settings.run_rows or None,
+    )
+
+
+def _paces(settings: Slow) -> slow.BurstOptions:
+    return slow.BurstOptions(
+        steps=settings.steps,
+        batch_size=settings.batch_rows,
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        reference_share=settings.reference_share,
+        seconds=None if settings.inline else settings.seconds,
+        duty=1.0 if settings.inline else settings.duty,
+        memory_bytes=settings.burst_bytes,
+    )
+
+
+def check_optimizer(settings: Slow, *, gradients: bool) -> None:
+    """Raise SettingsError where bursts can't be made with it.
+
+    The usual one is known to work and not looked at: importing it takes seconds, which a start should not wait for.
+    """
+    usual = settings.optimizer == Slow.model_fields["optimizer"].default and settings.lr is None
+    if usual or not (gradients and settings.enabled):
+        return
+    if problem := optimizers.check(settings.optimizer, lr=settings.lr):
+        raise SettingsError([f"HOMEOSTAT_SLOW__OPTIMIZER={settings.optimizer}: {problem}"])
 
 
 def _method(settings: Slow) -> slow.SlowMethod:

@@ -56,6 +56,27 @@ def _finite(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[
     }
 
 
+class _Level:
+    """Lets through what is severe enough. Not structlog's own filter, whose level a cached logger keeps for good."""
+
+    least = logging.INFO
+
+    def __call__(self, _: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if structlog.processors.NAME_TO_LEVEL[method] < self.least:
+            raise structlog.DropEvent
+        return event
+
+
+_level = _Level()
+
+
+def set_level(level: str) -> None:
+    """From now on log what is at least as severe as ``level``: debug, info, warning or error."""
+    _level.least = logging.getLevelNamesMapping()[level.upper()]
+    # kafka-python logs through the standard library, and loudly: only its errors are worth an operator's eye.
+    logging.getLogger().setLevel(max(_level.least, logging.WARNING))
+
+
 class _Forward(logging.Handler):
     """Passes what libraries log on to the one structured log."""
 
@@ -68,10 +89,10 @@ def configure(level: str, form: str, status: StatusLine | None = None) -> None:
     """Set up logging for the process. ``form`` is auto, json or text."""
     out = status if status is not None else StatusLine(sys.stderr)
     text = form == "text" or (form == "auto" and out.active)
-    number = logging.getLevelNamesMapping()[level.upper()]
     renderer: Any = structlog.dev.ConsoleRenderer(colors=out.active) if text else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
+            _level,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -79,10 +100,10 @@ def configure(level: str, form: str, status: StatusLine | None = None) -> None:
             _finite,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(file=out),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
-    # kafka-python logs through the standard library, and loudly: only its errors are worth an operator's eye.
-    logging.basicConfig(level=max(number, logging.WARNING), handlers=[_Forward()], force=True)
+    logging.basicConfig(handlers=[_Forward()], force=True)
+    set_level(level)
     logging.getLogger("kafka").setLevel(logging.ERROR)

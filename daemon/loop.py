@@ -15,7 +15,6 @@ import structlog
 from numpy.typing import NDArray
 
 from daemon.actions import Actions
-from daemon.device import memory_bytes, memory_limit_bytes
 from daemon.labels import FACTS, PLACES, Joined, LabelJoin
 from daemon.load import Load
 from daemon.monitor import Monitor
@@ -24,11 +23,12 @@ from daemon.queries import Queries
 from daemon.records import Batch, Labels, Positions, RawBatch, slots_of
 from daemon.regulator import Reading, Regulator
 from daemon.resident import Resident
+from daemon.shadow import Shadow
 from daemon.signals import Rows
 from daemon.streams.base import LabelSource, Sink
 from daemon.streams.codecs import Codec, encode_invalid, encode_predictions
 from daemon.tally import Tally
-from daemon.telemetry import MODEL_NOT_FINITE, Telemetry
+from daemon.telemetry import MODEL_NOT_FINITE, Exemplar, Telemetry
 
 log = structlog.get_logger("homeostat.loop")
 
@@ -66,6 +66,10 @@ class Loop:
     """Asks for the labels that are worth most; None: nobody is asked."""
     load: Load = field(default_factory=Load)
     """What gives way under overload (`daemon.pressure`)."""
+    shadow: Shadow | None = None
+    """A new bundle that is compared with what answers (`daemon.succession`)."""
+    exemplar: Exemplar | None = None
+    """The trace of the batch at hand, where it is traced (`daemon.tracing`)."""
 
     def __post_init__(self) -> None:
         # One that decides by itself is given every row, from the first on.
@@ -74,7 +78,7 @@ class Loop:
     def process(self, raw: RawBatch) -> None:
         """Answer one raw batch and learn from it."""
         started = time.monotonic()
-        batch = raw.batch if raw.batch is not None else self.codec.decode(raw)
+        batch = self._decode(raw)
         clean = not batch.invalid
         x = batch.x if clean else batch.x[batch.valid]
         given = self.load.given(self.tally.records)
@@ -85,12 +89,17 @@ class Loop:
         if predicted is not None:
             self._remember(batch, predicted, x, clean)
             self.actions.learner.seen(x)
+            if self.shadow is not None:
+                self.shadow.seen(x, predicted.rows.prediction)
         self._learn(len(x), given)
         if self.queries is not None and predicted is not None:
             # After the labels: what is known by now is not asked for.
             waits = self.join.waits if self.join is not None and self.labels is not None else None
             self.queries.take(raw, batch, predicted.rows, x, answered=answered, waits=waits)
         self._count(raw, batch, predicted, time.monotonic() - started)
+
+    def _decode(self, raw: RawBatch) -> Batch:
+        return raw.batch if raw.batch is not None else self.codec.decode(raw)
 
     def _slots(self, raw: RawBatch, batch: Batch, clean: bool) -> NDArray[np.int64] | None:
         """Whose state each usable row adapts."""
@@ -129,11 +138,18 @@ class Loop:
                 encode_invalid(batch.ids[row], batch.invalid[row]) if row in batch.invalid else next(fine)
                 for row in range(len(batch))
             ]
-        keys = raw.keys if len(batch) == len(raw) else [raw.keys[row] for row in batch.rows]
+        rows = batch.rows
+        keys = raw.keys if len(batch) == len(raw) else [raw.keys[row] for row in rows]
         if self.emit_from:
-            keys, values = self._not_yet_answered(raw, batch, keys, values)
-        self.sink.send(keys, values)
+            keep = self._not_yet_answered(raw, rows)
+            keys, values = [keys[index] for index in keep], [values[index] for index in keep]
+            rows = [rows[index] for index in keep]
+        self._send(raw, rows, keys, values)
         self.telemetry.records_out.inc(len(values))
+
+    def _send(self, raw: RawBatch, rows: list[int], keys: list[bytes | None], values: list[bytes]) -> None:
+        """Answers to the rows of ``raw`` with these indexes."""
+        self.sink.send(keys, values)
 
     def _encode(self, ids: list[str], rows: Rows, version: int) -> list[bytes]:
         state = self.regulator.state.value
@@ -149,20 +165,16 @@ class Loop:
                 self.telemetry.invalid[MODEL_NOT_FINITE].inc()
         return answers
 
-    def _not_yet_answered(
-        self, raw: RawBatch, batch: Batch, keys: list[bytes | None], values: list[bytes]
-    ) -> tuple[list[bytes | None], list[bytes]]:
-        """Leave out what was answered before the restart; forget a partition's mark once it is passed."""
+    def _not_yet_answered(self, raw: RawBatch, rows: list[int]) -> list[int]:
+        """Those of ``rows``, by index, not answered before the restart; a partition's mark goes once it is passed."""
         keep = [
-            index
-            for index, row in enumerate(batch.rows)
-            if raw.offsets[row] >= self.emit_from.get(raw.partitions[row], 0)
+            index for index, row in enumerate(rows) if raw.offsets[row] >= self.emit_from.get(raw.partitions[row], 0)
         ]
-        self.telemetry.records_rebuilt.inc(len(values) - len(keep))
+        self.telemetry.records_rebuilt.inc(len(rows) - len(keep))
         for partition, offset in raw.next_positions().items():
             if offset >= self.emit_from.get(partition, offset + 1):
                 del self.emit_from[partition]
-        return [keys[index] for index in keep], [values[index] for index in keep]
+        return keep
 
     def _remember(self, batch: Batch, predicted: Predicted, x: np.ndarray, clean: bool) -> None:
         """Predictions wait for their labels; a label that came inside a record counts only now, after its answer."""
@@ -231,7 +243,9 @@ class Loop:
             both = self.monitor.loss(usable.both, usable.y)
             self.resident.beside.weigh(losses["adapted"], losses["version"], both)
         self.tally.score(self.monitor, usable)
-        if self.load.adapt_share or self.actions.decides:
+        if self.shadow is not None:
+            self.shadow.labelled(usable.x, usable.y, losses["served"])
+        if (self.load.adapt_share or self.actions.decides) and not self.actions.frozen:
             self.resident.learn(usable.x, usable.y, usable.place, usable.epoch)
         self.actions.learner.add(usable)
 
@@ -259,41 +273,18 @@ class Loop:
 
     def _count(self, raw: RawBatch, batch: Batch, predicted: Predicted | None, seconds: float) -> None:
         telemetry, now, self.load.seconds = self.telemetry, time.time(), seconds
-        telemetry.records_in.inc(len(raw))
         telemetry.batch_rows.observe(len(raw))
-        telemetry.batch_seconds.observe(seconds)
+        telemetry.batch_seconds.observe(seconds, self.exemplar)
         for reason in [*batch.invalid.values(), *(letter.reason for letter in batch.dead)]:
             telemetry.invalid[reason].inc()
         if self.live_times:
-            telemetry.end_to_end_seconds.observe(np.maximum(0.0, now - np.asarray(raw.times_s)))
+            latencies = np.maximum(0.0, now - np.asarray(raw.times_s))
         else:
-            telemetry.end_to_end_seconds.observe(np.full(len(raw), time.monotonic() - raw.arrived))
+            latencies = np.full(len(raw), time.monotonic() - raw.arrived)
+        telemetry.end_to_end_seconds.observe(latencies, self.exemplar)
         self.tally.batch(len(raw), len(batch.invalid), len(batch.dead))
+        if batch.dead:
+            self.actions.chronicle.died(batch.dead)
         telemetry.progress_time.set(now)
-
-    def report(self, lag: int | None) -> None:
-        """Bring the gauges up to date; for whoever is about to read them, not for the hot path."""
-        telemetry, monitor = self.telemetry, self.monitor
-        telemetry.lag.set(float("nan") if lag is None else lag)
-        telemetry.gain.set(self.resident.gain)
-        telemetry.version.set(self.resident.current.number)
-        for name, value in monitor.signals().items():
-            telemetry.signal[name].set(value)
-        for name, value in monitor.deviations().items():
-            telemetry.deviation[name].set(value)
-        for name, detector in monitor.watch.detectors.items():
-            telemetry.statistic[name].set(detector.statistic)
-            telemetry.threshold[name].set(detector.threshold)
-        telemetry.shift_is(monitor.watch.shift.kind)
-        for model, level in monitor.errors.items():
-            telemetry.error[model].set(level.value)
-        for test, value in monitor.evidence().items():
-            telemetry.evidence[test].set(value)
-        telemetry.labels_seen(
-            joined=self.tally.labels,
-            late=0 if self.join is None else self.join.late,
-            rejected=self.tally.labels_rejected + (0 if self.labels is None else sum(self.labels.rejected.values())),
-        )
-        telemetry.device_memory.set(memory_bytes(self.resident.device))
-        telemetry.device_limit.set(memory_limit_bytes(self.resident.device))
-        telemetry.enter(self.regulator.state)
+        # Last: a scrape that counts a record shows all that came of it.
+        telemetry.records_in.inc(len(raw))

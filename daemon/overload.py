@@ -113,11 +113,8 @@ class Overload:
 
     def __init__(self, limits: OverloadLimits, *, shed_s: float | None = None, step: Step = Step.NORMAL) -> None:
         """``step``: of a checkpoint. Skipping is never gone on with unseen."""
-        self.limits = limits
-        self.shed_s = shed_s
-        most = Step.FROZEN if shed_s is None else Step.SHEDDING
-        self.most = most if limits.enabled else Step.NORMAL
-        """The last step that may be taken."""
+        self.step = Step.NORMAL
+        self.change(limits, shed_s)
         self.step = min(step, self.most, Step.FROZEN)
         self._work, self._arrivals = _Rate(RATE_S), _Rate(ARRIVALS_S)
         self._before: tuple[float, float] | None = None
@@ -127,6 +124,15 @@ class Overload:
         self._changed_at: float | None = None
         self._returned_at: float | None = None
         self._return_s = RETURN_S
+
+    def change(self, limits: OverloadLimits, shed_s: float | None) -> None:
+        """Other limits from now on; a step that they don't allow is taken back."""
+        self.limits = limits
+        self.shed_s = shed_s
+        most = Step.FROZEN if shed_s is None else Step.SHEDDING
+        self.most = most if limits.enabled else Step.NORMAL
+        """The last step that may be taken."""
+        self.step = min(self.step, self.most)
 
     def bound(self, step: Step) -> float:
         """Lag in seconds from which ``step`` may be taken; infinite where it never is."""

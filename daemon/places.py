@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from daemon.errors import SettingsError
 from daemon.settings import Settings
@@ -21,7 +22,7 @@ def dead_letters_url(settings: Settings) -> str:
     """
     if settings.dead_letters:
         return settings.dead_letters
-    if settings.source.startswith("kafka:"):
+    if settings.source.startswith("kafka:") and urlsplit(settings.source).path.strip("/"):
         return settings.source.rstrip("/") + ".dead-letters"
     if is_simulated(settings):
         return "null:"

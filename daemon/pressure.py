@@ -107,6 +107,12 @@ class Pressure:
         self._shed_at = self._said_at = -math.inf
         self._apply()
 
+    def change(self, settings: Settings) -> None:
+        """Other limits from now on; the step stays, if they allow it."""
+        self._settings = settings
+        self.overload.change(settings.overload, settings.shed if isinstance(self._source, SheddingSource) else None)
+        self._apply()
+
     @property
     def rows(self) -> int:
         """Most rows of the next batch."""

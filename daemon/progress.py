@@ -14,7 +14,7 @@ class Progress:
     """When the loop last got on: an offset moved, there was nothing to read, or something outside is waited for."""
 
     def __init__(self, timeout_s: float, gauge: Gauge) -> None:
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._gauge = gauge
         self._at = time.monotonic()
         self.waiting: str | None = None
@@ -36,6 +36,6 @@ class Progress:
     def alive(self) -> tuple[bool, str]:
         """For /healthz: (whether there was progress in time, why)."""
         age = time.monotonic() - self._at
-        if age > self._timeout_s:
+        if age > self.timeout_s:
             return False, f"no progress for {age:.0f} s"
         return True, f"progress {age:.1f} s ago"

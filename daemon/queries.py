@@ -57,7 +57,7 @@ class Queries:
 
     def __init__(self, ask: Ask, budget: LabelBudget, *, task: str, counters: Mapping[str, Counter]) -> None:
         self._ask = ask
-        self._share, self._size = budget.share, budget.window_rows
+        self.share, self._size = budget.share, budget.window_rows
         self._classes = task == "classification"
         self._counters = counters
         self._credit = 0.0
@@ -145,7 +145,7 @@ class Queries:
 
     def _close(self, waits: Callable[[str], bool] | None) -> None:
         """Ask about the window and begin the next."""
-        self._credit += self._share * self._size
+        self._credit += self.share * self._size
         count = int(self._credit + 1e-9)
         self._credit -= count
         # A repeated id belongs to its newest row, as in the label join.

@@ -19,6 +19,9 @@ Bools = NDArray[np.bool_]
 Header = tuple[str, bytes | None]
 """One header of a record: name and value."""
 
+RowHeaders = Sequence[Sequence[tuple[str, bytes]] | None]
+"""Headers of rows to be sent, one item a row; None: it has none."""
+
 Positions = dict[str, int]
 """Next offset to read per partition, for example ``{"sensors/0": 4711}`` or ``{"file:/data/in.jsonl": 12}``."""
 

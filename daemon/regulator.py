@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from daemon.band import Band
-from daemon.regulator_types import Decision, Reading, RegulatorLimits, State
+from daemon.regulator_types import Decision, Event, Reading, RegulatorLimits, State
 
-__all__ = ["Decision", "Reading", "Regulator", "RegulatorLimits", "State"]
+__all__ = ["Decision", "Event", "Reading", "Regulator", "RegulatorLimits", "State"]
 
 
 @dataclass(slots=True)

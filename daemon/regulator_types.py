@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Literal
 
+Event = Literal["idle", "busy", "promoted", "rejected", "failed"]
+"""What the slow loop has to say in a reading."""
+
 
 class State(StrEnum):
     """What the regulator is doing."""
@@ -108,7 +111,7 @@ class Reading:
     """Input was dropped in this period, so the value is not to be trusted to open anything up."""
     trip: str | None = None
     """The guard's reason to fall back now."""
-    learner: Literal["idle", "busy", "promoted", "rejected", "failed"] = "idle"
+    learner: Event = "idle"
     """Event from the slow loop since the last reading."""
 
 

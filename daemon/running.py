@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from daemon.logs import StatusLine, configure
 from daemon.service import Service
 from daemon.settings import Settings
 from daemon.supervisor import Supervisor
+from daemon.tracing.opening import CLOSE_S
 
 
 def run(settings: Settings, *, max_records: int | None = None, report: Path | None = None) -> int:
@@ -31,6 +33,9 @@ def run(settings: Settings, *, max_records: int | None = None, report: Path | No
     supervisor = Supervisor(service.progress.alive, lambda: service.ready()[1])
     try:
         service.start()
+        # What is there by now stays: a collection that walks through all of torch would hold the answers up.
+        gc.collect()
+        gc.freeze()
         supervisor.ready()
         clock = _Clock(service)
         service.on_batch = lambda: clock.tick(status)
@@ -44,6 +49,7 @@ def run(settings: Settings, *, max_records: int | None = None, report: Path | No
     finally:
         status.clear()
         service.close()
+        worker.tracing.close(min(CLOSE_S, settings.drain_timeout_s))
         supervisor.close()
 
 

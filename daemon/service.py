@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 
 import structlog
 
+from daemon import gauges
 from daemon.assembly import Worker, warm_up
 from daemon.batcher import Batcher
 from daemon.commits import FLUSH_S, Commits
 from daemon.errors import AwayError, DeliveryError, TransactionError
+from daemon.front.opening import front
+from daemon.front.web import Web
+from daemon.losses import Losses
 from daemon.membership import follow
+from daemon.operating.hands import Hands
+from daemon.operating.reloading import reload
+from daemon.page.live import Page
 from daemon.pressure import Pressure
 from daemon.progress import Progress
 from daemon.records import RawBatch
 from daemon.streams.base import CheckedSource, PatientSink, SharedSource, parts_of
 from daemon.streams.codec_registry import RegistryCodec
-from daemon.web import Web
+from daemon.succession import Succession
+from daemon.told import Signals
 
 log = structlog.get_logger("homeostat.service")
 
@@ -30,9 +35,6 @@ IDLE_S = 0.1
 LAG_S = 0.5
 AWAY_S = 1.0
 """Between two looks for a broker."""
-AGAIN, AGAIN_S = 10, 600.0
-"""How often, within how many seconds, lost transactions are taken for something that passes."""
-FORCED_EXIT = 130
 
 
 class Service:
@@ -42,6 +44,8 @@ class Service:
         self.worker = worker
         self.max_records = max_records
         self.commits = Commits(worker, self._wait_for_sink)
+        self.hands = Hands(worker, self.save, self.stop, lambda: reload(self))
+        self.succession = Succession(worker, lambda: (self.commits.id, self.commits.sequence), self.save)
         self._stop = threading.Event()
         self._warm = False
         self.progress = Progress(worker.settings.progress_timeout_s, worker.telemetry.progress_time)
@@ -51,10 +55,10 @@ class Service:
         self._lag_at = 0.0
         self.first_at: float | None = None
         """When the first of them was taken in hand, by the monotonic clock."""
-        self._lost_at: list[float] = []
-        """When transactions were lost."""
+        self._losses = Losses()
         self._drain_until: float | None = None
         self.web: Web | None = None
+        self.page = Page(worker, ready=self.ready, alive=self.progress.alive, refresh=self._refresh)
         self.started = time.monotonic()
         self.on_batch: Callable[[], None] = lambda: None
 
@@ -65,14 +69,12 @@ class Service:
             HomeostatError: naming what can't be had.
         """
         worker = self.worker
-        if worker.settings.http != "off":
-            self.web = Web(worker.settings.http, worker.telemetry.registry, self.progress.alive, self.ready)
+        self.web = front(worker, self.hands.desk, self.progress.alive, self.ready, self.page)
+        if self.web is not None:
             self.web.before_scrape = self._refresh
             self.web.start()
         self._open()
-        # What is there by now stays: a collection that walks through all of torch would hold the answers up.
-        gc.collect()
-        gc.freeze()
+        self.page.open()
         log.info("started", seconds=round(time.monotonic() - self.started, 2), http=self.web and self.web.port)
 
     def _open(self) -> None:
@@ -100,7 +102,7 @@ class Service:
             worker.source.checkpoint_id = commits.id
         worker.source.open(positions)
         self._warm = True
-        self._batcher = Batcher(worker.source, worker.settings.batch_rows, worker.settings.linger_ms / 1000)
+        self.batcher = Batcher(worker.source, worker.settings.batch_rows, worker.settings.linger_ms / 1000)
         self.pressure = Pressure(
             worker.settings,
             worker.loop,
@@ -112,14 +114,10 @@ class Service:
 
     def run(self) -> int:
         """Until stopped; returns the exit code."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with Signals(self.stop, self._stop.is_set, self.hands.hang_up):
             while not self._stop.is_set() and not self._finished():
                 self.turn()
             return self._drain()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def turn(self) -> None:
         """One turn: what an operator asked for, at most one batch, and a checkpoint when one is due."""
@@ -130,19 +128,22 @@ class Service:
 
     def _turn(self) -> None:
         worker = self.worker
+        self.hands.step()
+        self.succession.step()
         if worker.keeper.step(worker.loop.actions):
             self.save()
         left = None if self.max_records is None else self.max_records - self.done
-        self._batcher.rows = self.pressure.rows
-        raw = self._batcher.next(IDLE_S, left)
-        follow(worker, self._batcher, self.commits, self.pressure)
+        self.batcher.rows = self.pressure.rows
+        raw = self.batcher.next(IDLE_S, left)
+        follow(worker, self.batcher, self.commits, self.pressure)
         if raw is not None and len(raw):
             self._process(raw)
             self.progress.moved()
             if time.monotonic() - self._lag_at > LAG_S:
                 self._ask_lag()
-        elif not self._batcher.held:
+        elif not self.batcher.held:
             self._idle()
+        self.page.tick()
         self.commits.step()
         if self.commits.due:
             self.save()
@@ -159,7 +160,7 @@ class Service:
     def _finished(self) -> bool:
         if self.max_records is not None and self.done >= self.max_records:
             return True
-        return self.worker.source.ended and not self._batcher.held
+        return self.worker.source.ended and not self.batcher.held
 
     def _idle(self) -> None:
         """Nothing to read. Without lag that is progress; with lag it is not, unless a broker is away or rebalancing."""
@@ -198,15 +199,9 @@ class Service:
         Raises:
             TransactionError: that was necessary too often: most likely another worker has this one's name.
         """
-        now = time.monotonic()
-        self._lost_at = [at for at in self._lost_at if now - at < AGAIN_S] + [now]
-        if len(self._lost_at) > AGAIN:
-            raise TransactionError(
-                f"{reason}; for the {len(self._lost_at)}th time within {AGAIN_S / 60:.0f} minutes. Is there another "
-                "worker with the same HOMEOSTAT_KAFKA__GROUP and HOMEOSTAT_KAFKA__INSTANCE_ID?"
-            )
+        self._losses.count(reason)
         log.warning("beginning again from the checkpoint", reason=reason)
-        self._batcher.flush()
+        self.batcher.flush()
         self.done -= self.commits.rewind()
         self._close_streams()
         self.worker.loop.emit_from.clear()
@@ -226,12 +221,6 @@ class Service:
             return False
         return True
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first signal asks for a drain, the second ends the process at once."""
-        if self._stop.is_set():
-            raise SystemExit(FORCED_EXIT)
-        self.stop()
-
     def stop(self) -> None:
         """Ask for a drain, from any thread. Its time begins now: the loop itself may be waiting for the sink."""
         self._drain_until = time.monotonic() + self.worker.settings.drain_timeout_s
@@ -242,8 +231,8 @@ class Service:
         budget = self.worker.settings.drain_timeout_s
         if self._drain_until is None:
             self._drain_until = time.monotonic() + budget
-        log.info("draining", held=self._batcher.held, timeout_s=budget)
-        raw = self._batcher.flush()
+        log.info("draining", held=self.batcher.held, timeout_s=budget)
+        raw = self.batcher.flush()
         if raw is not None and len(raw):
             self._process(raw)
         learner = self.worker.loop.actions.learner
@@ -295,5 +284,5 @@ class Service:
 
     def _refresh(self) -> None:
         """Gauges that are read rather than counted; called before a scrape, not by the loop."""
-        self.worker.loop.report(self._lag)
+        gauges.refresh(self.worker.loop, self._lag)
         self.worker.telemetry.ready.set(float(self.ready()[0]))

@@ -7,17 +7,23 @@ Nested names use ``__``: ``HOMEOSTAT_SLOW__STEPS=120``. A method's name and its 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from daemon.front.settings import Https
 from daemon.guard_limits import GuardLimits
+from daemon.operating.operator_settings import OperatorActions
 from daemon.overload import OverloadLimits
 from daemon.regulator_types import RegulatorLimits
-from daemon.section import Section
+from daemon.section import Section, without_empty_paths
 from daemon.stream_settings import KafkaClient, Mqtt, SchemaRegistry
+from daemon.tracing.trace_settings import Traces
 
 PREFIX = "HOMEOSTAT_"
 
@@ -129,8 +135,14 @@ class Checkpoints(Section):
     """Snapshots kept; older ones are removed."""
 
 
+_WORDS = {"checkpoint": "dir", "traces": "mode"}
+
+ENVIRON: ContextVar[Mapping[str, str]] = ContextVar("ENVIRON", default=os.environ)
+"""Where settings are read from; `daemon.config` adds a file's variables."""
+
+
 class _Environment(EnvSettingsSource):
-    """Reads ``NAME=word`` of a nested section as that section's ``name`` (or ``dir``)."""
+    """Reads ``NAME=word`` of a nested section as that section's ``name``, or what stands for it in _WORDS."""
 
     def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
         try:
@@ -139,7 +151,7 @@ class _Environment(EnvSettingsSource):
             decoded = value
         if isinstance(decoded, dict):
             return decoded
-        return {"dir" if field_name == "checkpoint" else "name": value}
+        return {_WORDS.get(field_name, "name"): value}
 
 
 class Settings(BaseSettings):
@@ -170,6 +182,8 @@ class Settings(BaseSettings):
     """Wire format of the records: json, raw (little-endian float32), msgpack; avro and json-schema ask a registry."""
     bundle: Path | None = None
     """Folder made by `homeostat pack`; needed for every source but the simulator."""
+    bundle_rows: PositiveInt = 2_000
+    """Rows, 64 of a batch at most, on which a new bundle is compared before it takes over from the one that runs."""
     factory: str = ""
     """module:function that builds the bundle's model; a bundle can't choose what is imported, you do."""
     app_dir: Path = Path(".")
@@ -223,7 +237,13 @@ class Settings(BaseSettings):
     registry: SchemaRegistry = SchemaRegistry()
     """Schema registry of the codecs avro and json-schema."""
     http: str = "127.0.0.1:9464"
-    """Address of /metrics, /healthz and /readyz; port 0: any free one; off: none."""
+    """Address of the page, /metrics, /healthz and /readyz; port 0: any free one; off: none."""
+    https: Https = Https()
+    """TLS at that address."""
+    operator: OperatorActions = OperatorActions()
+    """Who may act on the running daemon."""
+    traces: Traces = Traces()
+    """Traces and the trace context of records: off, pass, on."""
     progress_timeout_s: PositiveFloat = 60.0
     """Liveness fails when the loop made no progress for this long although there was work."""
     drain_timeout_s: PositiveFloat = 20.0
@@ -232,6 +252,13 @@ class Settings(BaseSettings):
     """Least severe line that is logged."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """auto: text on a terminal, JSON elsewhere."""
+    env_file: Path | None = None
+    """File of further variables, NAME=value a line; the environment holds before it. SIGHUP reads it again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, given: Any) -> Any:
+        return without_empty_paths(given, cls.model_fields)
 
     @classmethod
     def settings_customise_sources(
@@ -243,4 +270,6 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Constructor arguments, then the environment; no dotenv file, no secrets folder."""
-        return (init_settings, _Environment(settings_cls))
+        environment = _Environment(settings_cls)
+        environment.env_vars = {name.lower(): value for name, value in ENVIRON.get().items()}
+        return (init_settings, environment)

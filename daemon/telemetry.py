@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, disable_created_metrics
+from prometheus_client.core import Exemplar as _Exemplar
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -23,6 +24,7 @@ from daemon.streams.codecs import REASONS
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 MODELS = ("served", "adapted", "version", "frozen")
+BUNDLES = ("taken", "refused", "failed")
 BURSTS = ("promoted", "rejected", "declined", "failed", "overrun", "out_of_memory", "non_finite", "cancelled")
 LABELS = ("joined", "late", "rejected")
 QUERIES = ("representative", "uncertain")
@@ -38,30 +40,45 @@ TRIPS = ("non_finite", "collapse", "harm", "proxy_harm", "version_harm")
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
+Exemplar = Mapping[str, str]
+"""``trace_id`` and ``span_id`` in hexadecimal, 63 of the 128 characters that OpenMetrics 1.0 allows."""
+
+
 class ArrayHistogram(Collector):
-    """A Prometheus histogram that takes whole arrays: one binning a batch."""
+    """A Prometheus histogram that takes whole arrays: one binning a batch.
+
+    Each bucket keeps the newest exemplar that fell into it; the OpenMetrics format alone shows them.
+    """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         self._name, self._text = name, text
         self._bounds = np.asarray(bounds, dtype=np.float64)
         self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
         self._sum = 0.0
+        self._exemplars: dict[int, _Exemplar] = {}
         registry.register(self)
 
-    def observe(self, values: Any) -> None:
-        """Take in one value or an array of them."""
+    def observe(self, values: Any, exemplar: Exemplar | None = None) -> None:
+        """Take in one value or an array of them; ``exemplar`` stands for the largest."""
         array = np.atleast_1d(np.asarray(values, dtype=np.float64))
         # Replaced, not changed in place: a scrape in another thread reads either the old or the new counts.
         self._counts = self._counts + np.bincount(
             np.searchsorted(self._bounds, array, side="left"), minlength=len(self._counts)
         )
         self._sum += float(array.sum())
+        if exemplar is not None and len(array):
+            largest = float(array.max())
+            bucket = int(np.searchsorted(self._bounds, largest, side="left"))
+            self._exemplars = self._exemplars | {bucket: _Exemplar(dict(exemplar), largest, time.time())}
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """For the registry."""
         totals = np.cumsum(self._counts)
         labels = [repr(float(bound)) for bound in self._bounds] + ["+Inf"]
-        buckets = [(label, float(total)) for label, total in zip(labels, totals, strict=True)]
+        found = self._exemplars
+        buckets: list[tuple[str, float] | tuple[str, float, _Exemplar]] = []
+        for bucket, (label, total) in enumerate(zip(labels, totals.tolist(), strict=True)):
+            buckets.append((label, total, found[bucket]) if bucket in found else (label, total))
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
@@ -141,6 +158,13 @@ class Telemetry:
         self.in_state[State.STEADY].set(1)
         self._state_seconds = Counter("homeostat_state_seconds_total", "Seconds spent in each state.", ["state"], **kw)
         self.state_seconds = {state.value: self._state_seconds.labels(state.value) for state in State}
+        self._bundles = Counter(
+            "homeostat_bundle_changes_total",
+            "Bundles that were given to the running daemon, by result.",
+            ["result"],
+            **kw,
+        )
+        self.bundles = {result: self._bundles.labels(result) for result in BUNDLES}
         self._answered = Counter(
             "homeostat_answered_rows_total",
             "Rows by what answered them: the model as it is, or what adapts it.",
@@ -148,6 +172,9 @@ class Telemetry:
             **kw,
         )
         self.answered = {by: self._answered.labels(by) for by in ANSWERED}
+        self.frozen = Gauge(
+            "homeostat_frozen", "1 while an operator has stopped adaptation and learning (homeostat ctl freeze).", **kw
+        )
         self.gain = Gauge("homeostat_gain_ratio", "The fast actuator, 0 (frozen) to 1.", **kw)
         self._signal = Gauge(
             "homeostat_signal",

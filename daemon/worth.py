@@ -52,7 +52,7 @@ class Worth:
     """
 
     def __init__(self, price: float, source_error: float) -> None:
-        self._price = price
+        self.price = price
         self.source_error = source_error
         """Mean loss on held-out source rows: what there is to come back to."""
         self.reset()
@@ -71,7 +71,7 @@ class Worth:
 
     def estimate(self, error: float, step_rows: int) -> Estimate:
         """What a burst of ``step_rows`` rows in gradient steps promises while the served error is ``error``."""
-        needed = self._price * PASSES * step_rows / max(self._rows, 1)
+        needed = self.price * PASSES * step_rows / max(self._rows, 1)
         if not math.isfinite(error):
             return Estimate(0.0, needed)
         above = max(0.0, error - self.source_error)

@@ -41,7 +41,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Since progress", "s", (("{{instance}}", "time() - homeostat_progress_timestamp_seconds{@}"),), 4, "stat"
         ),
         Panel("Version served", "none", (("{{instance}}", "homeostat_version{@}"),), 4, "stat"),
-        Panel("State", "none", (("{{state}}", "homeostat_state{@} == 1"),), 12, "state-timeline"),
+        Panel("Frozen", "bool_yes_no", (("{{instance}}", "homeostat_frozen{@}"),), 4, "stat"),
+        Panel("State", "none", (("{{state}}", "homeostat_state{@} == 1"),), 8, "state-timeline"),
     ),
     "How well does it answer?": (
         Panel("Error by model", "percentunit", (("{{model}}", "homeostat_error_ratio{@}"),), 12),
@@ -70,6 +71,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (("mean", "rate(homeostat_slow_seconds_sum{@}[1h]) / rate(homeostat_slow_seconds_count{@}[1h])"),),
         ),
         Panel("Labels", "rowsps", (_rate("homeostat_labels_total", "result"),)),
+        Panel("Bundles", "short", (("{{result}}", "increase(homeostat_bundle_changes_total{@}[$__rate_interval])"),)),
         Panel("Guard trips", "short", (("{{reason}}", "increase(homeostat_guard_trips_total{@}[$__rate_interval])"),)),
         Panel("Evidence of harm, log10", "none", (("{{test}}", "homeostat_guard_evidence{@}"),)),
         Panel("Labels asked for", "rowsps", (_rate("homeostat_label_queries_total", "why"),)),

@@ -37,7 +37,7 @@ from daemon.opening import Streams
 from daemon.predicted import Predicted
 from daemon.records import F32, Batch, Bools, RawBatch
 from daemon.settings import Settings
-from daemon.streams.base import NullSink
+from daemon.streams.null import NullSink
 
 __all__ = ["Plan", "Progress", "Recording", "Replayed", "replay"]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from daemon.errors import StreamError
-from daemon.streams.base import AskingSink, LabelSource, NullSink, Sink, Source, SplitSink
+from daemon.streams.base import AskingSink, LabelSource, Sink, Source, SplitSink
+from daemon.streams.null import NullSink
 
 if TYPE_CHECKING:
     from daemon.stream_settings import KafkaClient, Mqtt
@@ -43,7 +44,7 @@ _SINKS = {
     "kafka": "daemon.streams.kafka_sink:KafkaSink",
     "mqtt": "daemon.streams.mqtt_sink:MqttSink",
     "mqtts": "daemon.streams.mqtt_sink:MqttSink",
-    "null": "daemon.streams.base:NullSink",
+    "null": "daemon.streams.null:NullSink",
 }
 _LABELS = {
     "file": "daemon.streams.files:FileLabels",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from daemon.records import DeadLetter, Labels, Positions, RawBatch
+from daemon.records import DeadLetter, Labels, Positions, RawBatch, RowHeaders
 from daemon.streams.resume import Start
 
 
@@ -102,6 +102,13 @@ class AcknowledgedLabels(Protocol):
         """Acknowledge what lies before ``positions``."""
 
 
+@runtime_checkable
+class ContextSource(Protocol):
+    """A source that keeps its records' trace context only where it is told to."""
+
+    keeps_context: bool
+
+
 class Sink(Protocol):
     """Where answers and dead letters go."""
 
@@ -135,6 +142,22 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Give back what is held, without waiting for deliveries; closing twice is allowed."""
+
+
+@runtime_checkable
+class HeaderSink(Sink, Protocol):
+    """A sink whose answers may have headers."""
+
+    @property
+    def takes_headers(self) -> bool:
+        """Whether the place where answers go has headers at all."""
+
+    def send(self, keys: list[bytes | None], values: list[bytes], headers: RowHeaders | None = None) -> None:
+        """Take answers, as every sink does; ``headers[i]`` are row ``i``'s, in printable ASCII.
+
+        Raises:
+            DeliveryError: the sink can't take them.
+        """
 
 
 class AskingSink(Sink, Protocol):
@@ -207,28 +230,6 @@ class LabelSource(Protocol):
         """Give back what is held; closing twice is allowed."""
 
 
-class NullSink:
-    """Discards answers and dead letters: for measuring, and for a daemon that is only watched."""
-
-    def open(self) -> None:
-        """Nothing to open."""
-
-    def send(self, keys: list[bytes | None], values: list[bytes]) -> None:
-        """Discard answers."""
-
-    def send_dead(self, letter: DeadLetter) -> None:
-        """Discard a dead letter."""
-
-    def send_queries(self, keys: list[bytes | None], values: list[bytes]) -> None:
-        """Discard questions."""
-
-    def flush(self, timeout_s: float) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 class SplitSink:
     """Answers, dead letters and questions, each to a sink that may be another's too; durable when all are.
 
@@ -255,9 +256,17 @@ class SplitSink:
         for sink in self.sinks:
             sink.open()
 
-    def send(self, keys: list[bytes | None], values: list[bytes]) -> None:
-        """Take answers."""
-        self._answers.send(keys, values)
+    @property
+    def takes_headers(self) -> bool:
+        """Whether the answers' sink does."""
+        return isinstance(self._answers, HeaderSink) and self._answers.takes_headers
+
+    def send(self, keys: list[bytes | None], values: list[bytes], headers: RowHeaders | None = None) -> None:
+        """Take answers; ``headers`` go on to a sink that takes them."""
+        if headers is not None and isinstance(self._answers, HeaderSink):
+            self._answers.send(keys, values, headers)
+        else:
+            self._answers.send(keys, values)
 
     def send_dead(self, letter: DeadLetter) -> None:
         """Take a dead letter."""

@@ -13,7 +13,7 @@ from kafka import errors as kafka_errors
 from kafka.admin import NewTopic
 
 from daemon.errors import AwayError, DeliveryError, StreamError, TransactionError
-from daemon.records import DeadLetter
+from daemon.records import DeadLetter, RowHeaders
 from daemon.stream_settings import KafkaClient
 from daemon.streams.bulk.write import BulkProducer, usable
 from daemon.streams.dead_letters import partition_of, to_kafka
@@ -156,12 +156,14 @@ class KafkaSink:
             raise RuntimeError("this sink was opened without transactions")
         return self._transactions
 
-    def send(self, keys: list[bytes | None], values: list[bytes]) -> None:
-        """Hand the answers to the producer; they are not durable before `flush`."""
+    takes_headers = True
+
+    def send(self, keys: list[bytes | None], values: list[bytes], headers: RowHeaders | None = None) -> None:
+        """Hand the answers, with their headers, to the producer; they are not durable before `flush`."""
         if self._address is None or not values:
             return
         self._begin()
-        self._pending += self._send_all(self._address.topic, keys, values)
+        self._pending += self._send_all(self._address.topic, keys, values, headers)
         if self._transactions is not None:
             self._pending.clear()  # what becomes of them is known when the transaction ends
         elif len(self._pending) > 1_000:
@@ -184,15 +186,18 @@ class KafkaSink:
             self._begin()
             self._pending += self._send_all(self._queries.topic, keys, values)
 
-    def _send_all(self, topic: str, keys: list[bytes | None], values: list[bytes]) -> list[Any]:
+    def _send_all(
+        self, topic: str, keys: list[bytes | None], values: list[bytes], headers: RowHeaders | None = None
+    ) -> list[Any]:
         """Hand rows over, waiting while there is no room for them; the futures of their batches."""
         futures: list[Any] = []
         while True:
             try:
-                return [*futures, *self._bulk.send_many(topic, keys, values)]
+                return [*futures, *self._bulk.send_many(topic, keys, values, headers=headers)]
             except kafka_errors.KafkaTimeoutError as error:
                 futures += error.futures
                 keys, values = keys[error.accepted :], values[error.accepted :]
+                headers = None if headers is None else headers[error.accepted :]
                 self.waiting(f"topic {topic}: {error}")
             except kafka_errors.KafkaError as error:
                 raise self._refused(error) from None

@@ -56,9 +56,19 @@ class MqttSource:
             times_s=[row.time_s for row in taken],
             partitions=[self._address.partition] * len(taken),
             offsets=[row.offset for row in taken],
+            headers={(self._address.partition, row.offset): row.headers for row in taken if row.headers},
             names_by_key=False,  # that is its topic: the same for all of a sensor
             arrived=time.monotonic(),
         )
+
+    @property
+    def keeps_context(self) -> bool:
+        """Whether records keep the trace context that their messages have as user properties."""
+        return self._inbox.keeps_context
+
+    @keeps_context.setter
+    def keeps_context(self, keeps: bool) -> None:
+        self._inbox.keeps_context = keeps
 
     @property
     def wants_commit(self) -> bool:

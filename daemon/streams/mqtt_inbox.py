@@ -13,6 +13,7 @@ from daemon.streams.mqtt_address import MqttAddress
 from daemon.streams.mqtt_client import FAILED, Link
 from daemon.streams.mqtt_handler import Handler
 from daemon.streams.mqtt_window import Pace, Row, Taken, Window
+from daemon.tracing.context import NAMES
 
 # After mqtt_client, which says what to install where paho is missing.
 from paho.mqtt.packettypes import PacketTypes  # isort: skip
@@ -43,6 +44,8 @@ class Inbox(Handler):
         self._first_since_commit = False
         self._dropped_said = 0
         self._warned_at: dict[str, float] = {}
+        self.keeps_context = False
+        """Whether rows have headers: their messages' user properties with the names of a trace context."""
         self._link = Link(address, settings, self, client_id=client_id, expiry_s=settings.session_expiry_s)
 
     def open(self, first: int) -> None:
@@ -153,6 +156,9 @@ class Inbox(Handler):
         except UnicodeDecodeError:  # of a broker that lets through what the standard forbids
             topic = "\ufffd"
         row = Row(message.mid, message.qos, topic.encode(), message.payload, time.time())
+        if self.keeps_context:
+            said = getattr(message.properties, "UserProperty", ())
+            row.headers = tuple((name, text.encode()) for name, text in said if name in NAMES)
         with self._changed:
             now = time.monotonic()
             if self._first_since_commit:

@@ -16,13 +16,15 @@ class Letter:
     topic: str
     payload: bytes
     properties: Properties = ()
+    carried: Properties = ()
+    """More of them, which a message goes without where it is too long for the broker with them."""
     dead: bool = False
     """A dead letter: where it is too long for the broker it goes without its value."""
 
     @property
     def size(self) -> int:
         """Bytes on the wire, a few more than it is."""
-        texts = sum(len(name.encode()) + len(text.encode()) + 5 for name, text in self.properties)
+        texts = sum(len(name.encode()) + len(text.encode()) + 5 for name, text in self.properties + self.carried)
         return len(self.topic.encode()) + len(self.payload) + texts + 16
 
 

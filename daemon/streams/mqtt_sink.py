@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import structlog
 
 from daemon.errors import DeliveryError
-from daemon.records import DeadLetter
+from daemon.records import DeadLetter, RowHeaders
 from daemon.stream_settings import Mqtt
 from daemon.streams.dead_letters import to_kafka
 from daemon.streams.mqtt_address import MqttAddress
@@ -90,14 +91,16 @@ class MqttSink(Handler):
         """
         visit(self._address, self._settings)
 
-    def send(self, keys: list[bytes | None], values: list[bytes]) -> None:
-        """Queue the answers; they are not durable before `flush`.
+    takes_headers = True
+
+    def send(self, keys: list[bytes | None], values: list[bytes], headers: RowHeaders | None = None) -> None:
+        """Queue the answers; they are not durable before `flush`. Headers become user properties.
 
         Raises:
             DeliveryError: the broker refused an answer for good.
         """
         if self._answers is not None:
-            self._send(self._answers.topic, keys, values)
+            self._send(self._answers.topic, keys, values, headers)
 
     def send_queries(self, keys: list[bytes | None], values: list[bytes]) -> None:
         """Queue questions; they are not durable before `flush`.
@@ -120,9 +123,15 @@ class MqttSink(Handler):
             named = (("key", _plain(key)), *said) if key else said
             self._put([Letter(self._dead.topic, value, named, dead=True)])
 
-    def _send(self, topic: str, keys: list[bytes | None], values: list[bytes]) -> None:
+    def _send(
+        self, topic: str, keys: list[bytes | None], values: list[bytes], headers: RowHeaders | None = None
+    ) -> None:
         rows = zip(keys, values, strict=True)
-        self._put([Letter(topic, value, (("key", _plain(key)),) if key else ()) for key, value in rows])
+        letters = [Letter(topic, value, (("key", _plain(key)),) if key else ()) for key, value in rows]
+        for row, found in enumerate(headers or ()):
+            if found:
+                letters[row] = replace(letters[row], carried=tuple((name, text.decode()) for name, text in found))
+        self._put(letters)
 
     def _put(self, letters: list[Letter]) -> None:
         for letter in letters:
@@ -195,7 +204,7 @@ class MqttSink(Handler):
                 if letter.size > self._largest:
                     self._shorten(letter, f"{letter.size} bytes; the broker takes {self._largest}")
                     continue
-                info = client.publish(letter.topic, letter.payload, qos=1, properties=_packed(letter.properties))
+                info = client.publish(letter.topic, letter.payload, qos=1, properties=_properties(letter))
                 self._outbox.sent(info.mid)
 
     def acknowledged(self, mid: int, code: int) -> None:
@@ -206,6 +215,8 @@ class MqttSink(Handler):
                 if code in _BUSY:
                     self._outbox.put(letter)
                     self._not_before = time.monotonic() + _RETRY_S
+                elif code == _TOO_LARGE and letter.carried:
+                    self._outbox.put(replace(letter, carried=()))
                 elif code == _TOO_LARGE and letter.dead and letter.payload:
                     self._outbox.put(_without_value(letter))
                 else:
@@ -214,7 +225,9 @@ class MqttSink(Handler):
                 self._changed.notify_all()
 
     def _shorten(self, letter: Letter, why: str) -> None:
-        if letter.dead and letter.payload:
+        if letter.carried:
+            self._outbox.replace(replace(letter, carried=()))
+        elif letter.dead and letter.payload:
             log.error("dead letter sent without its value", topic=letter.topic, reason=why)
             self._outbox.replace(_without_value(letter))
         else:
@@ -237,6 +250,11 @@ def _plain(text: bytes) -> str:
     return "".join(
         f"\\x{ord(letter):02x}" if letter < " " or "\x7f" <= letter <= "\x9f" else letter for letter in read
     )[:4096]
+
+
+def _properties(letter: Letter) -> Any:
+    # What is carried is another with every message: in the cache it would only push the keys out.
+    return _packed.__wrapped__(letter.properties + letter.carried) if letter.carried else _packed(letter.properties)
 
 
 @lru_cache(maxsize=4096)

@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from daemon.records import Header
+
 QUIET_S = 1.0
 """Time without a new row after which the rows in hand are worth a checkpoint."""
 _WAITING = -1
@@ -27,6 +29,7 @@ class Taken(NamedTuple):
     payload: bytes
     time_s: float
     offset: int
+    headers: tuple[Header, ...] = ()
 
 
 @dataclass(slots=True)
@@ -42,11 +45,14 @@ class Row:
     mark: int = 0
     """Hash of topic and payload."""
     offset: int = _WAITING
+    headers: tuple[Header, ...] = ()
+    """What is kept of its user properties."""
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return len(self.topic) + len(self.payload)
+        own = len(self.topic) + len(self.payload)
+        return own + sum(len(value or b"") for _, value in self.headers) if self.headers else own
 
 
 class Window:
@@ -138,7 +144,8 @@ class Window:
             self.bytes -= row.size
             row.offset = self.next
             self.next += 1
-            taken.append(Taken(row.topic, row.payload, row.time_s, row.offset))
+            taken.append(Taken(row.topic, row.payload, row.time_s, row.offset, row.headers))
+            row.headers = ()
             row.topic = row.payload = b""  # what waits for its checkpoint takes no more than its number
         return taken
 

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,10 +100,15 @@ def build(files: TlsFiles) -> tuple[ssl.SSLContext, float | None]:
             raise StreamError(f"{files.variable('cafile')}: holds no certificate in PEM form") from None
     if files.certfile is None:
         return context, None
-    return context, _own_certificate(context, files)
+    return context, own_certificate(context, files)
 
 
-def _own_certificate(context: ssl.SSLContext, files: TlsFiles) -> float:
+def own_certificate(context: ssl.SSLContext, files: TlsFiles) -> float:
+    """Load what this side shows of itself into ``context``; returns when it ends (Unix time).
+
+    Raises:
+        StreamError: one line that names the variable and the file that can't be used.
+    """
     assert files.certfile is not None
     name = files.variable("certfile")
     content = read_file(files.certfile, f"{files.prefix}SSL_CERTFILE")
@@ -148,6 +154,10 @@ def _date(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+Build = Callable[[TlsFiles], tuple[ssl.SSLContext, float | None]]
+"""Makes a context of the files, and says when their certificate ends."""
+
+
 class Certificates:
     """Stands in for an ``ssl.SSLContext``: wraps each new connection in a context of the newest usable files.
 
@@ -159,8 +169,9 @@ class Certificates:
         StreamError: at the start, when a file can't be used.
     """
 
-    def __init__(self, files: TlsFiles, reload_s: float) -> None:
+    def __init__(self, files: TlsFiles, reload_s: float, build: Build = build) -> None:
         self.files = files
+        self._build = build
         # Before loading: what changes meanwhile is seen at the first look.
         self._state = files.state()
         self._context, self._ends = build(files)
@@ -187,7 +198,7 @@ class Certificates:
             self._warn()
             return False
         try:
-            self._context, self._ends = build(self.files)
+            self._context, self._ends = self._build(self.files)
         except StreamError as error:
             # Certificate and key are two files, and may be looked at between the writing of the one and the other:
             # what is wrong at two looks is wrong.

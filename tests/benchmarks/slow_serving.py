@@ -24,8 +24,8 @@ from daemon.bundle import open_bundle
 from daemon.evaluation.recording import Plan, Recording, ReplayLabels, ReplaySource
 from daemon.opening import Streams
 from daemon.records import RawBatch
-from daemon.streams.base import NullSink
 from daemon.streams.codec_base import assemble
+from daemon.streams.null import NullSink
 from daemon.versioning.keeper import NoKeeper
 from tests.benchmarks.slow_runs import BOTH, settings_of
 from tests.benchmarks.slow_streams import BATCH_ROWS

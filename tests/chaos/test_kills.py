@@ -26,6 +26,8 @@ KILLS = 100 if LONG else 10
 RECORDS = KILLS * 400
 """So many that the stream does not end before the last kill."""
 BATCH = 32
+DEADLINE_S = 1_200 if LONG else 120
+"""For a run through all records."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_a_worker_that_is_killed_again_and_again_ends_where_an_undisturbed_one_d
     chance = random.Random(seed)
     through = worker(tmp_path / "through", delivery)
     with DaemonProcess(through, tmp_path / "through", "--max-records", str(RECORDS)) as daemon:
-        assert daemon.wait(120) == 0
+        assert daemon.wait(DEADLINE_S) == 0
     hurt = worker(tmp_path / "hurt", delivery)
     group = hurt["HOMEOSTAT_KAFKA__GROUP"]
     topic = hurt["HOMEOSTAT_SOURCE"].rpartition("/")[2]
@@ -94,7 +96,7 @@ def test_a_worker_that_is_killed_again_and_again_ends_where_an_undisturbed_one_d
             daemon.wait_until_ready().wait_for("homeostat_records_in_total", chance.randint(1, 350))
             daemon.kill()
     with DaemonProcess(hurt, tmp_path / "hurt") as daemon:
-        eventually("all is committed", lambda: committed(kafka_broker, group, topic) >= RECORDS, 120)
+        eventually("all is committed", lambda: committed(kafka_broker, group, topic) >= RECORDS, DEADLINE_S)
         assert daemon.terminate() == 0
     counts = answered(kafka_broker, hurt)
     said = f"kills by seed {seed}"

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from daemon.streams.codecs import REASONS
 from tests.daemon_process import DaemonProcess, answers, on_kafka, read_all, record, records
 from tests.kafka import produce
@@ -48,6 +50,7 @@ DEAD: list[tuple[bytes | None, str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_among_bad_records_every_good_one_is_answered_and_every_bad_one_accounted_for(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:
@@ -104,6 +107,7 @@ def test_a_batch_of_only_bad_records_is_passed_like_any_other(
     assert len(read_all(kafka_broker, f"{source}.dead-letters")) == 40
 
 
+@pytest.mark.slow
 def test_finite_numbers_that_overflow_the_model_are_answered_as_invalid(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:
@@ -120,6 +124,7 @@ def test_finite_numbers_that_overflow_the_model_are_answered_as_invalid(
     }
 
 
+@pytest.mark.slow
 def test_labels_that_are_garbage_are_counted_and_ignored(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from tests.kafka import consume_all, create_topic, produce
 pytestmark = pytest.mark.usefixtures("trial_kafka")
 
 
+@pytest.mark.slow
 def test_acknowledged_records_are_there_after_a_stop_and_after_a_kill(tmp_path: Path) -> None:
     values = [f"record {number}".encode() * 20 for number in range(1000)]
     # The properties file is Latin-1 and Kafka splits its log folders at commas.

@@ -63,6 +63,7 @@ def write(daemon: DaemonProcess, name: str) -> None:
     daemon.process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_a_drain_that_can_not_deliver_ends_with_3_and_a_second_signal_ends_it_with_130(
     own_broker: TrialBroker, settings: dict[str, str], tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_missing_topic_is_waited_for_and_takes_nothing(kafka_broker: str) -> N
         many.flush(0)
 
 
+@pytest.mark.slow
 # kafka-python leaves the sockets of refused connections to the garbage collector.
 @pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("trial_kafka")

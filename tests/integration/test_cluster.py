@@ -18,6 +18,7 @@ LONG = os.environ.get("HOMEOSTAT_LONG") == "1"
 """Also start a killed node again, and shut one down in order."""
 
 
+@pytest.mark.slow
 # kafka-python leaves the sockets of refused connections to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 @pytest.mark.usefixtures("trial_kafka")

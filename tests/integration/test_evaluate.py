@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from daemon.evaluation.reading_kafka import read_range
 from daemon.settings import Settings
@@ -42,6 +43,7 @@ def errors(found: dict[str, Any]) -> dict[str, float]:
     return {each["name"]: each["error"]["mean"] for each in found["configurations"]}
 
 
+@pytest.mark.slow
 def test_a_file_and_a_range_of_a_topic_with_the_same_rows_give_the_same_errors(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.daemon_process import (
     DaemonProcess,
@@ -27,6 +28,7 @@ def lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_drained_worker_has_committed_what_it_answered_and_the_next_goes_on_from_there(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_check_says_every_problem_in_a_line_of_its_own(
         assert "ok:" not in daemon.output
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_topic_and_nothing_is_left_when_one_ends(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.daemon_process import DaemonProcess, answers, on_kafka, read_all, records
+from tests.daemon_process import DaemonProcess, answers, committed, eventually, on_kafka, read_all, records
 from tests.dashboard import DASHBOARD
 from tests.docs import RULES
 from tests.kafka import produce
@@ -61,11 +61,11 @@ def test_a_live_scrape_agrees_with_what_the_topics_hold(
     with DaemonProcess(streams, tmp_path) as daemon:
         daemon.wait_until_ready().wait_for("homeostat_records_in_total", 1_007)
         daemon.wait_for('homeostat_labels_total{result="joined"}', 300)
-        daemon.wait_for("homeostat_checkpoint_timestamp_seconds", 1)
+        eventually("all is committed", lambda: committed(kafka_broker, f"g-{source}", source) == 1_007)
         status, text = daemon.get("/metrics")
         scraped = daemon.metrics()
         assert status == 200
-        # Read while the daemon runs: the answers are flushed before the checkpoint that the scrape tells of.
+        # Read while the daemon runs: answers are flushed before the checkpoint whose offsets are committed.
         assert scraped["homeostat_records_out_total"] == len(answers(kafka_broker, f"{source}.answers")) == 1_000
         dead = len(read_all(kafka_broker, f"{source}.dead-letters"))
         assert scraped['homeostat_records_invalid_total{reason="undecodable"}'] == dead == 7

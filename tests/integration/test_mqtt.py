@@ -7,6 +7,8 @@ import os
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.daemon_process import DaemonProcess, eventually, record
 from tests.mosquitto import Mosquitto, Peer, mosquitto
 
@@ -64,6 +66,7 @@ def test_each_sensors_topic_is_its_own_slot_and_a_restart_answers_nothing_again(
     assert said["homeostat.partition"] == "mqtt:plant/+/readings"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_every_record_is_answered_at_least_once(
     mosquitto: Mosquitto, settings: dict[str, str], tmp_path: Path
 ) -> None:

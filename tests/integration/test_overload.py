@@ -127,6 +127,7 @@ def test_the_source_can_stay_a_member_and_skip(topic: Callable[..., str], kafka_
         source.close()
 
 
+@pytest.mark.slow
 # The counter-check, without signs of life, is of the long form.
 @pytest.mark.parametrize("patient", [True, False] if os.environ.get("HOMEOSTAT_LONG") == "1" else [True])
 def test_a_sink_that_stands_still_for_longer_than_the_group_waits_costs_no_partition(

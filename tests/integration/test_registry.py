@@ -77,6 +77,7 @@ def test_records_wait_for_the_schema_that_a_registry_has_to_give_and_none_is_los
     assert letters[unknown[0]]["homeostat.detail"] == b"schema 99: the registry has none: Schema 99 not found"
 
 
+@pytest.mark.slow
 def test_a_worker_told_to_stop_while_it_waits_leaves_its_records_to_the_next(
     kafka_broker: str, topic: Callable[..., str], settings: dict[str, str], tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def promoted(content: dict[str, Any], *, superseded: bool = False) -> list[int]:
     return [item["version"] for item in decisions if item["event"] == "promoted" and item["superseded"] is superseded]
 
 
+@pytest.mark.slow
 def test_kills_leave_each_decision_once_and_an_operator_goes_back_and_forth(
     learning: dict[str, str], tmp_path: Path, versions: Callable[..., tuple[int, str]]
 ) -> None:

@@ -61,6 +61,7 @@ FLAGS = {
     },
     "simulate": {"--to", "--labels-to", "--records", "--rate", "--seed", "--bundle"},
     "versions": {"--state"},
+    "ctl": {"--hold"},
 }
 VERSIONS_FLAGS = {
     "list": {"--all", "--json"},
@@ -102,7 +103,16 @@ def test_help_lists_every_variable_with_its_help(command: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["run"], ["check"], ["pack", "--help"], ["versions", "--help"], ["versions"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["run"],
+        ["check"],
+        ["pack", "--help"],
+        ["versions", "--help"],
+        ["versions"],
+        ["ctl", "freeze"],
+    ],
 )
 def test_help_and_a_wrong_setting_answer_without_torch_or_kafka(arguments: list[str]) -> None:
     code = (

@@ -9,8 +9,9 @@ import pytest
 
 from daemon import checkpoint
 from daemon.errors import TransactionError
+from daemon.losses import AGAIN
 from daemon.records import Positions
-from daemon.service import AGAIN, Service
+from daemon.service import Service
 from daemon.streams.resume import Start
 from tests.unit.worlds import MemorySink, MemorySource, records, worker
 
@@ -115,6 +116,16 @@ def test_answers_are_seen_with_their_offsets_and_the_checkpoint_is_never_ahead_o
         seen = len(sink.values)
     assert service.run() == 0
     assert ids(sink) == [str(row) for row in range(200)]
+
+
+def test_decisions_are_told_of_every_checkpoint_that_they_come_after(tmp_path: Path) -> None:
+    service, _, _ = started(tmp_path)
+    told: list[int] = []
+    service.worker.keeper.saved = told.append  # type: ignore[method-assign]
+    service.turn()
+    assert told and told[-1] == service.commits.sequence, "the one at a partition's assignment"
+    assert service.save() and told[-1] == service.commits.sequence
+    service.close()
 
 
 def test_what_is_read_again_counts_once_towards_the_records_of_a_run(tmp_path: Path) -> None:

@@ -84,15 +84,19 @@ def test_test_checks_style_and_types_before_the_tests(tree: Path, calls: Path) -
     assert steps == ["ruff check .", "ruff format --check .", "mypy ", tests]
 
 
-@pytest.mark.parametrize(("asked", "chaos"), [([], []), (["HOMEOSTAT_CHAOS=1"], ["tests/chaos"])])
-def test_chaos_comes_last_and_where_it_is_asked_for(
-    tree: Path, calls: Path, asked: list[str], chaos: list[str]
+@pytest.mark.parametrize(
+    ("asked", "quick", "chaos"),
+    [([], ["-m", "not", "slow"], []), (["HOMEOSTAT_CHAOS=1"], [], ["tests/chaos"])],
+)
+def test_what_is_slow_and_chaos_come_where_they_are_asked_for(
+    tree: Path, calls: Path, asked: list[str], quick: list[str], chaos: list[str]
 ) -> None:
     done = make(tree, "test", *asked)
     assert done.returncode == 0, done.stderr
     *_, side_by_side, one_by_one = calls.read_text().splitlines()
     assert "-n 2" in side_by_side and "--ignore tests/integration --ignore tests/chaos" in side_by_side
-    assert one_by_one.split() == ["python", "-m", "pytest", "-q", "tests/integration", *chaos]
+    assert ("-m not slow" in side_by_side) is bool(quick)
+    assert one_by_one.split() == ["python", "-m", "pytest", "-q", *quick, "tests/integration", *chaos]
 
 
 def test_an_old_python_is_refused_by_name_and_leaves_nothing(tree: Path) -> None:

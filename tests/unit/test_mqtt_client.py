@@ -129,13 +129,13 @@ def test_an_acknowledgement_never_goes_to_another_connection_than_its_message_ca
         return script.connections == 2 and bool(rows) and rows[-1][1] == b"three"
 
     eventually("the last one came", three)
-    known = rows[0][1] == b"one"  # else the first connection was gone before its rows were handed out
     reader.commit({"mqtt:t/+": rows[-1][0] + 1}, "")
     eventually("both are acknowledged", lambda: script.heard[1].count(b"\x40\x02\x00") == 2)
     tail = script.heard[1][script.heard[1].index(b"\x40\x02\x00") :]
     assert tail == b"\x40\x02\x00\x05\x40\x02\x00\x06"
     assert b"\x40\x02\x00" not in script.heard[0]
-    assert [value for _, value in rows] == ([b"one", b"two", b"three"] if known else [b"one", b"three"])
+    # The first connection may be gone before its rows are handed out: the broker gives those again, here but one.
+    assert [value for _, value in rows] in ([b"one", b"two", b"three"], [b"one", b"three"])
     assert [offset for offset, _ in rows] == list(range(len(rows)))
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from daemon import checkpoint
 from daemon.errors import CheckpointError
-from daemon.service import FORCED_EXIT, Service
+from daemon.service import Service
+from daemon.told import FORCED_EXIT
 from tests.unit.worlds import MemorySource, records, worker
 
 _EARLIER: list[Service] = []
@@ -79,10 +80,10 @@ def test_a_state_that_does_not_fit_is_refused_by_file_name(tmp_path: Path) -> No
 
 def test_a_signal_drains_and_what_was_read_is_answered(tmp_path: Path) -> None:
     service = started(tmp_path, sizes=[10, 0, 0, 0, 0, 0])
-    service._batcher._linger_s = 60.0
+    service.batcher.linger_s = 60.0
 
     def interrupt() -> None:
-        if service._batcher.held:
+        if service.batcher.held:
             os.kill(os.getpid(), signal.SIGTERM)
             service.worker.source.on_poll = lambda: None
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon import checkpoint
+from daemon import checkpoint, gauges
 from daemon.packing import pack
 from daemon.records import Labels
 from daemon.shift_kind import KIND_ROWS, QUIET_ROWS, ShiftKind, ShiftTracker
@@ -140,6 +140,6 @@ def test_a_planted_shift_is_named_in_the_metrics(tmp_path: Path, kind: ShiftKind
     for start in range(512, 1024, 64):
         made.loop.process(decoded(x[start : start + 64], start))
     assert made.loop.monitor.watch.shift.kind is kind
-    made.loop.report(None)
+    gauges.refresh(made.loop, None)
     assert {each: gauge._value.get() for each, gauge in made.telemetry.shift.items()}[kind] == 1.0
     assert sum(count._value.get() for (_, each), count in made.telemetry.drifts.items() if each == kind.value) > 0

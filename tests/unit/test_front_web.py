@@ -3,12 +3,13 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from daemon.errors import SettingsError
-from daemon.web import Web, parse_address
+from daemon.front.web import Web, parse_address
 
 
 class Probes:
@@ -53,13 +54,31 @@ def test_an_unknown_path_is_not_found_and_names_the_known_ones(web: Web) -> None
     assert status == 404 and "/metrics" in body
 
 
+class Page:
+    def answer(self, path: str) -> tuple[HTTPStatus, str, bytes, dict[str, str]] | None:
+        return (HTTPStatus.OK, "text/html", b"<p>well</p>", {"X-Page": "yes"}) if path == "/" else None
+
+
+def test_a_page_answers_its_paths_and_no_other() -> None:
+    made = Web("127.0.0.1:0", CollectorRegistry(), lambda: Probes.alive, lambda: Probes.ready, page=Page())
+    made.start()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{made.port}/?x=1", timeout=10) as answer:
+            assert answer.headers["X-Page"] == "yes" and answer.headers["Cache-Control"] == "no-store"
+            assert answer.read() == b"<p>well</p>"
+        assert ask(made, "/", "HEAD")[:2] == (200, "")
+        assert ask(made, "/nothing")[0] == 404 and ask(made, "/healthz")[:2] == (200, "moving\n")
+    finally:
+        made.stop()
+
+
 def test_head_answers_without_a_body(web: Web) -> None:
     assert ask(web, "/healthz", "HEAD")[:2] == (200, "")
     assert ask(web, "/readyz", "HEAD")[:2] == (503, "")
 
 
 def test_post_is_refused(web: Web) -> None:
-    assert ask(web, "/metrics", "POST")[0] == 501
+    assert ask(web, "/metrics", "POST")[0] == 404
 
 
 def test_a_busy_port_is_refused_by_variable_name(web: Web) -> None:
