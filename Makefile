@@ -12,6 +12,9 @@ BIN := .venv/bin
 # --python: else uv fills whichever environment happens to be activated.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 
+# Where this is set, as on some build machines, every process would compile torch anew: 4 s of each start.
+export PYTHONDONTWRITEBYTECODE :=
+
 QUICK := $(if $(filter 1,$(HOMEOSTAT_CHAOS)),,-m "not slow")
 
 .PHONY: help run test lint bench bench-auto bench-detect bench-fast bench-http bench-kafka bench-slow errors clean
