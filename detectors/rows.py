@@ -9,7 +9,7 @@ import numpy as np
 
 from detectors.arrays import pack, unpack
 from detectors.base import F64, Detector, positive
-from detectors.windows import SPAN, STRIDES, WINDOWS, Index, Whole, Windows
+from detectors.windows import STRIDES, WINDOWS, Index, Whole, Windows
 
 SHORT = 16
 """Rows scanned at once just after an alarm: what lies behind an alarm is scanned again."""
@@ -137,7 +137,7 @@ class RowDetector(Detector):
         at = 0
         while at < count:
             if self._learnt:
-                at += self._scan(self._features(rows[at : at + SPAN]), at, alarms)
+                at += self._scan(self._features(rows[at : at + self._windows.span]), at, alarms)
             else:
                 at += self._collect(rows[at : at + self._warmup - self._collected])
         if count:
@@ -145,14 +145,14 @@ class RowDetector(Detector):
         return alarms
 
     def _scan(self, features: Any, at: int, alarms: list[int]) -> int:
-        """Read ``features`` (B, R), B up to ``SPAN``, of the rows from ``at`` on; the number of rows that were read.
+        """Read ``features`` (B, R), B up to ``span``, of the rows from ``at`` on; the number of rows that were read.
 
         Adds to ``alarms``. Only an alarm that asks for a new reference ends it before the last row.
         """
         windows = self._windows
         begin = first = windows.append(features)
         end = first + len(features)
-        length = SPAN
+        length = windows.span
         while begin < end:
             stop = min(begin + length, end)
             top, newest = self._top(begin, stop)
@@ -161,7 +161,7 @@ class RowDetector(Detector):
                 self._looks = newest
                 self._statistic = float(self._looks.max())
                 self.warning = self._statistic > self._warn_at * self._threshold
-                begin, length = stop, min(2 * length, SPAN)
+                begin, length = stop, min(2 * length, windows.span)
                 continue
             begin, length = begin + hit + 1, SHORT
             alarms.append(at + begin - first - 1)

@@ -22,9 +22,10 @@ STRIDES = np.maximum(LENGTHS // 16, 1)
 PERIOD = int(STRIDES[-1])
 KEPT = WINDOWS[-1] - 1
 """Rows before the newest that the longest window still holds."""
-SPAN = 128
-"""Most rows scanned at once: their sums stay in the processor's cache."""
-CAPACITY = KEPT + 1 + 8 * SPAN
+FEWEST, MOST = 128, 1024
+"""Rows scanned at once, by the width of their features."""
+CACHED = 4096
+"""Numbers of the rows scanned at once: their sums, about four times as many, stay in the processor's cache."""
 LONGEST = float(2**17)
 """Bound of a feature row's Euclidean norm, in steps of its grid of whole numbers: the squared norm of a sum over 512
 rows is then under 2**52, exact in float64, whatever the order in which it is added up."""
@@ -45,17 +46,19 @@ class Windows:
     def __init__(
         self, width: int, dtype: type[np.float64] | type[np.int32], strides: NDArray[np.int64] = STRIDES
     ) -> None:
-        self._sums = np.zeros((CAPACITY, width), dtype=dtype)
-        self._scratch = np.empty((int((SPAN // strides + 1).sum()), width), dtype=dtype)
+        self.span = min(max(CACHED // max(width, 1), FEWEST), MOST)
+        """Most rows that may be added at once."""
+        self._sums = np.zeros((KEPT + 1 + 8 * self.span, width), dtype=dtype)
+        self._scratch = np.empty((int((self.span // strides + 1).sum()), width), dtype=dtype)
         self._strides: list[int] = strides.tolist()
         self._start = self._newest = 0
         self._phase = 0
         """Rows read before position 0, modulo ``PERIOD``: looks are at multiples of their stride."""
 
     def append(self, features: Whole) -> int:
-        """Add ``features`` (B, R), B up to ``SPAN``. Returns the position of the first of them."""
+        """Add ``features`` (B, R), B up to ``span``. Returns the position of the first of them."""
         end = self._newest + len(features)
-        if end >= CAPACITY:
+        if end >= len(self._sums):
             kept = max(self._start, self._newest - KEPT)
             self._sums[: self._newest - kept + 1] = self._sums[kept : self._newest + 1] - self._sums[kept]
             self._start, self._newest, end = 0, self._newest - kept, end - kept

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from detectors.arrays import pack, unpack
 from detectors.base import F64
 from detectors.linear import LARGEST, exact, steps
-from detectors.windows import KEPT, SPAN, STRIDES, WINDOWS, Windows, deviations, gauge
+from detectors.windows import KEPT, MOST, STRIDES, WINDOWS, Windows, deviations, gauge
 
 
 def drawn(seed: int, rows: int, columns: int = 5) -> F64:
@@ -20,7 +20,7 @@ def drawn(seed: int, rows: int, columns: int = 5) -> F64:
 
 class TestWindows:
     @settings(max_examples=25, deadline=None)
-    @given(st.integers(0, 1000), st.lists(st.integers(1, SPAN), min_size=1, max_size=40), st.integers(0, 600))
+    @given(st.integers(0, 1000), st.lists(st.integers(1, MOST), min_size=1, max_size=40), st.integers(0, 600))
     @pytest.mark.parametrize("dtype", [np.float64, np.int32])
     def test_sums_are_those_of_the_rows_since_the_start(
         self, dtype: type[np.float64] | type[np.int32], seed: int, lengths: list[int], start: int
