@@ -28,6 +28,7 @@ def mend_consumer(consumer: Any) -> None:
     config = getattr(getattr(consumer, "_cluster", None), "config", None)
     if isinstance(config, dict):
         config["allow_auto_create_topics"] = False
+    _know_coordinator(getattr(consumer, "_coordinator", None))
     fetcher: Any = getattr(consumer, "_fetcher", None)
     fetch = getattr(fetcher, "fetch_records", None)
     if fetch is None or not hasattr(fetcher, "_completed_fetches"):
@@ -38,6 +39,23 @@ def mend_consumer(consumer: Any) -> None:
         return records, idle and not fetcher._completed_fetches
 
     fetcher.fetch_records = fetch_records
+
+
+def _know_coordinator(coordinator: Any) -> None:
+    """Have a poll ask the client's own thread for the group's coordinator only while none is known or connected.
+
+    The client asks it in every poll, and waits: two changes of thread, while the records are there.
+    """
+    ask = getattr(coordinator, "ensure_coordinator_ready", None)
+    disconnected = getattr(getattr(coordinator, "_client", None), "is_disconnected", None)
+    if ask is None or disconnected is None or not hasattr(coordinator, "coordinator_id"):
+        return
+
+    def ensure_coordinator_ready(timeout_ms: float | None = None) -> bool:
+        known = coordinator.coordinator_id
+        return bool((known is not None and not disconnected(known)) or ask(timeout_ms=timeout_ms))
+
+    coordinator.ensure_coordinator_ready = ensure_coordinator_ready
 
 
 def next_records(consumer: Any, rows: int, timeout_ms: int) -> Any:

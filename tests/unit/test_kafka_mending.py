@@ -22,6 +22,25 @@ def test_a_poll_does_not_sleep_beside_records_that_came_between_its_lines() -> N
     assert consumer._cluster.config == {"allow_auto_create_topics": False}
 
 
+def test_the_clients_thread_is_asked_only_while_no_coordinator_is_known_and_connected() -> None:
+    asked: list[float | None] = []
+    away: set[int] = set()
+
+    def ask(timeout_ms: float | None = None) -> bool:
+        asked.append(timeout_ms)
+        return False
+
+    coordinator: Any = SimpleNamespace(
+        ensure_coordinator_ready=ask, coordinator_id=None, _client=SimpleNamespace(is_disconnected=away.__contains__)
+    )
+    mend_consumer(SimpleNamespace(_coordinator=coordinator))
+    assert not coordinator.ensure_coordinator_ready(timeout_ms=7) and asked == [7]
+    coordinator.coordinator_id = 1
+    assert coordinator.ensure_coordinator_ready(timeout_ms=8) and asked == [7]
+    away.add(1)
+    assert not coordinator.ensure_coordinator_ready() and asked == [7, None]
+
+
 class Joining:
     """A consumer whose coordinator is in the middle of a join."""
 
