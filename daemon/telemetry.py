@@ -253,7 +253,7 @@ class Telemetry:
             **kw,
         )
         self.ready = Gauge("homeostat_ready", "1 when the model is warm and the source assigned and reachable.", **kw)
-        self._entering = threading.Lock()
+        self._renewing = threading.Lock()
         self._since = time.monotonic()
         self._state = State.STEADY
         self.lag.set(float("nan"))
@@ -263,7 +263,7 @@ class Telemetry:
 
     def enter(self, state: State) -> None:
         """The controller is in ``state`` from now on; also call it before a scrape to bring the seconds up to date."""
-        with self._entering:  # the loop and a scrape both call this
+        with self._renewing:  # the loop and a scrape both call this
             now = time.monotonic()
             self.state_seconds[self._state.value].inc(now - self._since)
             self._since = now
@@ -279,8 +279,9 @@ class Telemetry:
 
     def labels_seen(self, **totals: int) -> None:
         """Bring the label counters to their totals; they only ever go up."""
-        for result, total in totals.items():
-            self.labels[result].inc(max(0.0, total - self.labels[result]._value.get()))
+        with self._renewing:  # scrapes, the page and the end all call this
+            for result, total in totals.items():
+                self.labels[result].inc(max(0.0, total - self.labels[result]._value.get()))
 
     def seconds_in_state(self) -> dict[str, float]:
         """Seconds in each state so far."""
