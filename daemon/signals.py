@@ -8,6 +8,7 @@ by row, so that an alarm doesn't depend on how the stream was cut into batches.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -138,7 +139,8 @@ def _centre_scale(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shift(values: Tensor, mean: Tensor, inverse_scale: Tensor) -> Tensor:
-    return ((values.float() - mean) * inverse_scale).abs().clamp(max=CLIP).mean(1)
+    # One new tensor: of wide rows, most of the time goes into the memory that the steps between would take.
+    return (values.float() - mean).mul_(inverse_scale).abs_().clamp_(max=CLIP).mean(1)
 
 
 def divergence(mean_p: np.ndarray, prior: np.ndarray) -> float:
@@ -156,6 +158,13 @@ def blend(mean_p: F64 | None, batch_p: F32, rows: int, memory_rows: float) -> F6
     return new if mean_p is None else keep * mean_p + (1 - keep) * new
 
 
+@functools.lru_cache(maxsize=16)  # batches are mostly full, and every signal asks for the same
+def _decay(count: int, memory_rows: float) -> tuple[F64, float]:
+    """Weights (count,) of so many rows, the newest 1, and their sum."""
+    weights: F64 = np.exp(-np.arange(count - 1, -1, -1) / memory_rows)
+    return weights, float(weights.sum())
+
+
 class Level:
     """Exponential mean of a row signal over about ``memory_rows`` rows, bias-corrected; holds when nothing comes."""
 
@@ -170,10 +179,10 @@ class Level:
         count = len(values)
         if not count:
             return
-        decay = np.exp(-np.arange(count - 1, -1, -1) / self.memory_rows)
+        decay, weight = _decay(count, self.memory_rows)
         keep = math.exp(-count / self.memory_rows)
         self._total = keep * self._total + float(decay @ values.astype(np.float64))
-        self._weight = keep * self._weight + float(decay.sum())
+        self._weight = keep * self._weight + weight
 
     @property
     def value(self) -> float:

@@ -69,7 +69,7 @@ class ClassDistance:
         return self._z(features_BD, predicted_B)
 
     def _z(self, features_BD: Tensor, predicted_B: Tensor) -> Tensor:
-        return (features_BD.float() - self._mean_KD[predicted_B]) * self._inverse_KD[predicted_B]
+        return (features_BD.float() - self._mean_KD[predicted_B]).mul_(self._inverse_KD[predicted_B])
 
 
 def _by_class(predicted_N: Tensor, features_ND: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -43,21 +43,22 @@ class EffectiveRows:
         means = blocks.mean(1)
         # Rows about a point m' are their variance and the distance of their mean from it: |mean − last|²/4 here.
         variances = np.einsum("nbk,nbk->n", blocks, blocks) / BLOCK_ROWS - np.einsum("nk,nk->n", means, means)
-        for mean, variance in zip(means, variances.tolist(), strict=True):
-            self._block(mean, max(variance, 0.0))
+        if whole:
+            steps = np.diff(means, axis=0, prepend=means[:1] if self._last is None else self._last[None])
+            aparts = np.einsum("nk,nk->n", steps, steps)
+            for apart, variance in zip(aparts.tolist(), variances.tolist(), strict=True):
+                self._block(apart, max(variance, 0.0))
+            self._last = means[-1].copy()
         self._held = held[whole:].copy()
 
-    def _block(self, mean: F64, variance: float) -> None:
-        if self._last is not None:
-            step = mean - self._last
-            apart = float(step @ step)
+    def _block(self, apart: float, variance: float) -> None:
+        if self._blocks:
             keep = 1.0 - 1.0 / min(self._blocks, MEMORY_BLOCKS)
             self._between = keep * self._between + (1.0 - keep) * apart / 2
             self._rows = keep * self._rows + (1.0 - keep) * (variance + apart / 4)
             if self._blocks >= LEAST_BLOCKS:
                 value = BLOCK_ROWS * self._between / max(self._rows, 1e-12)
                 self.value = min(max(value, 1.0), float(BLOCK_ROWS))
-        self._last = mean
         self._blocks += 1
 
     def state(self) -> dict[str, Any]:
