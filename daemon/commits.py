@@ -20,7 +20,7 @@ from daemon.assembly import Worker
 from daemon.errors import CheckpointError
 from daemon.places import checkpoint_folder
 from daemon.records import Positions
-from daemon.streams.base import AcknowledgedLabels, AcknowledgedSource, SharedSource, TransactionalSink, parts_of
+from daemon.streams.base import AcknowledgedLabels, TransactionalSink, parts_of
 from daemon.streams.resume import note_of
 
 log = structlog.get_logger("homeostat.service")
@@ -69,8 +69,8 @@ class Commits:
         if snapshot is None:
             return None, None
         self.id, self.sequence = snapshot.checkpoint_id, snapshot.sequence
-        if isinstance(self._worker.source, SharedSource):
-            self._worker.source.topic_id = snapshot.topic_id
+        if self._worker.shared is not None:
+            self._worker.shared.topic_id = snapshot.topic_id
         if snapshot.config_hash == self._worker.config_hash:
             try:
                 self._worker.load_state_dict(snapshot.state)
@@ -104,23 +104,23 @@ class Commits:
     @property
     def due(self) -> bool:
         """Whether a checkpoint should be written now."""
-        fresh = self._records - self._saved
-        source = self._worker.source
-        labels, asked = self._worker.labels, time.monotonic() - self._saved_at >= WANTED_S
-        if asked and isinstance(labels, AcknowledgedSource) and labels.wants_commit:
+        fresh, worker = self._records - self._saved, self._worker
+        shared, source, labels = worker.shared, worker.acknowledged, worker.acknowledged_labels
+        asked = time.monotonic() - self._saved_at >= WANTED_S
+        if asked and labels is not None and labels.wants_commit:
             return True
-        again = isinstance(source, SharedSource) and source.uncommitted
+        again = shared is not None and shared.uncommitted
         if not (fresh or self._fresh or again):
             return False
-        if asked and fresh and isinstance(source, AcknowledgedSource) and source.wants_commit:
+        if asked and fresh and source is not None and source.wants_commit:
             return True
-        every = self._worker.settings.checkpoint.every_batches
+        every = worker.settings.checkpoint.every_batches
         if every is not None and self._batches >= every:
             return True
         # What lies between the checkpoint and the last transaction is read again after a crash: that way is bounded.
-        if self.exact and fresh * 2 >= max(1, self._worker.settings.kafka.max_rebuild):
+        if self.exact and fresh * 2 >= max(1, worker.settings.kafka.max_rebuild):
             return True
-        return time.monotonic() - self._saved_at >= self._worker.settings.checkpoint.every_s
+        return time.monotonic() - self._saved_at >= worker.settings.checkpoint.every_s
 
     def step(self) -> None:
         """With exactly-once: end the transaction when it is due, beside the loop.
@@ -137,8 +137,8 @@ class Commits:
             self._end()
 
     def _end(self) -> None:
-        source = self._worker.source
-        assert isinstance(source, SharedSource)
+        source = self._worker.shared
+        assert source is not None
         self._transactions.end(source.offsets(self._positions(), self._note()), source.group_metadata())
         self._ended_at, self._ended = time.monotonic(), self._records
 
@@ -222,7 +222,7 @@ class Commits:
             positions=dict(worker.loop.positions),
             label_positions={} if worker.labels is None else worker.labels.positions(),
             state=worker.state_dict(),
-            topic_id=worker.source.topic_id if isinstance(worker.source, SharedSource) else "",
+            topic_id="" if worker.shared is None else worker.shared.topic_id,
         )
         try:
             store.write(snapshot)

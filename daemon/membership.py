@@ -11,7 +11,6 @@ from daemon.batcher import Batcher
 from daemon.commits import Commits
 from daemon.errors import TransactionError
 from daemon.pressure import Pressure
-from daemon.streams.base import SharedSource
 
 log = structlog.get_logger("homeostat.service")
 
@@ -25,8 +24,8 @@ def follow(worker: Worker, batcher: Batcher, commits: Commits, pressure: Pressur
     Raises:
         TransactionError: with exactly-once, answers are in the open transaction whose offsets can't be committed in it.
     """
-    source, loop = worker.source, worker.loop
-    if not isinstance(source, SharedSource):
+    source, loop = worker.shared, worker.loop
+    if source is None:
         return
     starts = source.take_starts()
     for name, start in starts.items():

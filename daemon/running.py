@@ -36,10 +36,9 @@ def run(settings: Settings, *, max_records: int | None = None, report: Path | No
         # What is there by now stays: a collection that walks through all of torch would hold the answers up.
         gc.collect()
         gc.freeze()
-        supervisor.ready()
         clock = _Clock(service)
         service.on_batch = lambda: clock.tick(status)
-        code = service.run()
+        code = service.run(begun=supervisor.ready)
         status.clear()
         summary = closing(service)
         print(table(summary), file=sys.stderr if settings.sink == "-" else sys.stdout, flush=True)

@@ -24,7 +24,7 @@ from daemon.page.live import Page
 from daemon.pressure import Pressure
 from daemon.progress import Progress
 from daemon.records import RawBatch
-from daemon.streams.base import CheckedSource, PatientSink, SharedSource, parts_of
+from daemon.streams.base import CheckedSource, PatientSink, parts_of
 from daemon.streams.codec_registry import RegistryCodec
 from daemon.succession import Succession
 from daemon.told import Signals
@@ -98,8 +98,8 @@ class Service:
         row_seconds = None
         if not self._warm:
             row_seconds = warm_up(worker)
-        if isinstance(worker.source, SharedSource):
-            worker.source.checkpoint_id = commits.id
+        if worker.shared is not None:
+            worker.shared.checkpoint_id = commits.id
         worker.source.open(positions)
         self._warm = True
         self.batcher = Batcher(worker.source, worker.settings.batch_rows, worker.settings.linger_ms / 1000)
@@ -107,14 +107,15 @@ class Service:
             worker.settings,
             worker.loop,
             worker.source,
-            live=isinstance(worker.source, SharedSource),
+            live=worker.shared is not None,
             row_bytes=4 * math.prod(worker.bundle.manifest.input_shape),
             row_seconds=row_seconds,
         )
 
-    def run(self) -> int:
-        """Until stopped; returns the exit code."""
+    def run(self, begun: Callable[[], None] = lambda: None) -> int:
+        """Until stopped; returns the exit code. ``begun`` is called once a signal to stop is heeded."""
         with Signals(self.stop, self._stop.is_set, self.hands.hang_up):
+            begun()
             while not self._stop.is_set() and not self._finished():
                 self.turn()
             return self._drain()
