@@ -11,8 +11,8 @@ from detectors.arrays import pack, unpack
 from detectors.base import F64, Detector, positive
 from detectors.windows import STRIDES, WINDOWS, Index, Whole, Windows
 
-SHORT = 16
-"""Rows scanned at once just after an alarm: what lies behind an alarm is scanned again."""
+AFTER_ALARM = 4
+"""So much less is scanned at once just after an alarm: what lies behind the next alarm is scanned again."""
 MIN_ROWS = 50
 """Fewest rows of a reference."""
 
@@ -163,7 +163,7 @@ class RowDetector(Detector):
                 self.warning = self._statistic > self._warn_at * self._threshold
                 begin, length = stop, min(2 * length, windows.span)
                 continue
-            begin, length = begin + hit + 1, SHORT
+            begin, length = begin + hit + 1, windows.span // AFTER_ALARM
             alarms.append(at + begin - first - 1)
             windows.restart(begin - 1)
             self._looks = np.zeros(len(WINDOWS))
