@@ -220,11 +220,14 @@ def build(
         slots_by_key=settings.slots == "key",
         queries=queries,
     )
-    if bundle.calibration["arl0"] != settings.detect.arl0:
+    try:
+        watch.aim(settings.detect.arl0)
+    except ValueError as error:
         log.warning(
             "the bundle's detectors are calibrated for another HOMEOSTAT_DETECT__ARL0: pack it again to change that",
             asked=settings.detect.arl0,
             bundle=bundle.calibration["arl0"],
+            reason=str(error),
         )
     log.info(
         "assembled",

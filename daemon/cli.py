@@ -222,6 +222,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             ["--factory (or HOMEOSTAT_FACTORY) is needed: module:function, for example my_models:build"]
         )
     from daemon import bundle, packing
+    from daemon.settings import ARL0
     from daemon.source_data import read_rows
 
     def progress(text: str) -> None:
@@ -241,7 +242,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         calibration=held,
         task=arguments.task,
         head=arguments.head,
-        arl0=settings.detect.arl0,
+        arl0=settings.detect.arl0 or ARL0,
         watch=tuple(dict.fromkeys((*packing.DETECTORS, settings.detect.name))),
         watch_features=settings.detect.features,
         seed=arguments.seed,

@@ -13,7 +13,7 @@ from daemon.errors import SettingsError
 from daemon.identity import worker_name
 from daemon.places import checkpoint_folder, dead_letters_url, is_simulated
 from daemon.queries import Ask
-from daemon.settings import Settings
+from daemon.settings import ARL0, Settings
 from daemon.stream_settings import Mqtt
 from daemon.streams import open_labels, open_sink, open_source
 from daemon.streams.base import LabelSource, Sink, Source
@@ -55,7 +55,7 @@ def load_bundle(settings: Settings, progress: Callable[[str], None] = lambda tex
             settings.state_dir,
             settings.source,
             settings.detect.name,
-            settings.detect.arl0,
+            settings.detect.arl0 or ARL0,
             progress,
             fast_name=settings.fast.name,
             features=settings.detect.features,

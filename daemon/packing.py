@@ -24,6 +24,7 @@ from daemon.bundle import Manifest, save_bundle
 from daemon.calibrating import calibrate_watch, false_alarms
 from daemon.errors import BundleError
 from daemon.monitor import ERROR_ROWS, LEVEL_ROWS
+from daemon.settings import ARL0
 from daemon.signals import Meter, Rows, names
 from daemon.source_reference import make_reference
 
@@ -96,7 +97,7 @@ def pack(
     calibration: tuple[np.ndarray, np.ndarray] | None = None,
     task: str = "classification",
     head: str | None = None,
-    arl0: float = 200_000,
+    arl0: float = ARL0,
     watch: Sequence[str] = DETECTORS,
     watch_features: str | None = None,
     seed: int = 0,

@@ -47,7 +47,7 @@ class Service:
         self.hands = Hands(worker, self.save, self.stop, lambda: reload(self))
         self.succession = Succession(worker, lambda: (self.commits.id, self.commits.sequence), self.save)
         self._stop = threading.Event()
-        self._warm = False
+        self._warm = self._turning = False
         self.progress = Progress(worker.settings.progress_timeout_s, worker.telemetry.progress_time)
         self.done = 0
         """Records of this run."""
@@ -122,6 +122,7 @@ class Service:
 
     def turn(self) -> None:
         """One turn: what an operator asked for, at most one batch, and a checkpoint when one is due."""
+        self._turning = True
         try:
             self._turn()
         except TransactionError as error:
@@ -272,8 +273,8 @@ class Service:
                 part.close()
 
     def ready(self) -> tuple[bool, str]:
-        """Model warm, source assigned and reachable, sink taking answers."""
-        if not self._warm:
+        """Model warm, signals heeded, source assigned and reachable, sink taking answers."""
+        if not (self._warm and self._turning):
             return False, "starting"
         if self._stop.is_set():
             return False, "draining"

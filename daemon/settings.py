@@ -26,6 +26,8 @@ from daemon.stream_settings import KafkaClient, Mqtt, SchemaRegistry
 from daemon.tracing.trace_settings import Traces
 
 PREFIX = "HOMEOSTAT_"
+ARL0 = 200_000
+"""Mean rows between false alarms that a bundle is packed for where nobody asks for another number."""
 
 
 class Method(Section):
@@ -48,8 +50,9 @@ class Detection(Section):
     HOMEOSTAT_DETECT=adwin is the short form. A bundle knows cusum, adwin, and what was set when it was packed."""
     features: str | None = None
     """Detector of the model's features as a whole: mmd, ks or mahalanobis. None: the signals are watched alone."""
-    arl0: float = Field(200_000, ge=100)
-    """Mean rows between false alarms of all watched signals together. `homeostat pack` calibrates for it."""
+    arl0: float | None = Field(None, ge=100)
+    """Mean rows between false alarms of all watched signals together. Unset: as the bundle was packed; `homeostat pack`
+    takes 200000."""
 
 
 class Slow(Section):

@@ -119,9 +119,7 @@ class Succession:
         if loop.join is not None:
             loop.join.outdate()
         worker.bundle, worker.config_hash = made.bundle, made.config_hash
-        worker.settings = worker.settings.model_copy(
-            update={"bundle": settings.bundle, "factory": settings.factory, "detect": settings.detect}
-        )
+        worker.settings = worker.settings.model_copy(update={"bundle": settings.bundle, "factory": settings.factory})
         keep_versions(worker)
         lineage, sequence = self._state()
         worker.keeper.open(lineage, sequence or None)

@@ -55,6 +55,9 @@ class Watch:
         self.early = {
             signal: _restored("early_warning", kept["early_warning"][signal]) for signal in signals if signal in EARLY
         }
+        self._calibrated = float(calibration["arl0"]), [detector.arl0 for detector in self._every()]
+        self.arl0 = self._calibrated[0]
+        """Mean rows between false alarms of all together."""
         self.shift = ShiftTracker()
         self.alarms: list[str] = []
         """Signals that alarmed since the last reading; labels may raise one while no row comes."""
@@ -107,6 +110,32 @@ class Watch:
         self._rows = 0
         return self.shift.kind if changed else None
 
+    def aim(self, arl0: float | None) -> None:
+        """One false alarm in ``arl0`` rows (None: as calibrated) of all together from now on; the evidence stays.
+
+        Raises:
+            ValueError: naming a detector whose calibration does not tell its threshold for that; nothing has changed.
+        """
+        before, rate = self._states(), self.arl0
+        self.arl0 = self._calibrated[0] if arl0 is None else arl0
+        try:
+            self._retarget()
+        except ValueError:
+            self.arl0 = rate
+            self._restore(before)
+            raise
+
+    def _retarget(self) -> None:
+        together, alone = self._calibrated
+        for detector, arl0 in zip(self._every(), alone, strict=True):
+            try:
+                detector.retarget(arl0 * (self.arl0 / together))
+            except ValueError as error:
+                raise ValueError(f"{detector.name}: {error}") from None
+
+    def _every(self) -> list[detectors.Calibrated]:
+        return [*self.detectors.values(), *self.early.values()]
+
     def taken(self) -> None:
         """The alarms were acted on."""
         self.alarms, self.warnings = [], []
@@ -120,8 +149,7 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
-            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
-            "early": {name: detector.state_dict() for name, detector in self.early.items()},
+            **self._states(),
             "shift": self.shift.state_dict(),
             "alarms": list(self.alarms),
             "warnings": list(self.warnings),
@@ -129,13 +157,23 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        for group, items in (("detectors", self.detectors), ("early", self.early)):
-            for name, item in items.items():
-                item.load_state_dict(state[group][name])
+        """From a checkpoint; the rate of false alarms stays what it is here."""
+        self._restore(state)
+        self._retarget()
         self.shift.load_state_dict(state["shift"])
         self.alarms, self.warnings = list(state["alarms"]), list(state["warnings"])
         self._rows = int(state["rows"])
+
+    def _states(self) -> dict[str, Any]:
+        return {
+            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
+            "early": {name: detector.state_dict() for name, detector in self.early.items()},
+        }
+
+    def _restore(self, states: dict[str, Any]) -> None:
+        for group, items in (("detectors", self.detectors), ("early", self.early)):
+            for name, item in items.items():
+                item.load_state_dict(states[group][name])
 
 
 def _restored(name: str, calibration: dict[str, Any]) -> detectors.Calibrated:

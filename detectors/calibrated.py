@@ -105,6 +105,19 @@ class Calibrated:
         """Finite values still missing until alarms are possible (again); 0 in normal service."""
         return 0 if self._baseline is None else self._baseline_rows - len(self._baseline)
 
+    def retarget(self, arl0: float) -> None:
+        """Raise a false alarm in ``arl0`` rows from now on; location, scale and the evidence so far stay.
+
+        Raises ``ValueError``, and changes nothing, where the calibration does not tell the threshold for it.
+        """
+        check_arl0(arl0)
+        if self._calibration is not None and arl0 != self._arl0:
+            made = self._calibration.at(arl0)
+            detector = self._detector.with_threshold(made.threshold)
+            detector.load_state_dict({**self._detector.state_dict(), "threshold": made.threshold})
+            self._calibration, self._detector = made, detector
+        self._arl0 = float(arl0)
+
     def rebaseline(self, rows: int) -> None:
         """Take the mean of the next ``rows`` finite values for the new location; no alarm meanwhile.
 

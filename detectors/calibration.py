@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from detectors.base import F64, Detector
 from detectors.fronts import Front, prepare
 from detectors.standardise import Standardiser
-from detectors.threshold import find_threshold
+from detectors.threshold import DOUBT, find_threshold
 
 MIN_ARL0 = 50
 POSITIVE = ("threshold", "arl0", "scale", "clip", "unit", "span")
@@ -52,14 +52,18 @@ class Calibration:
     """Finite reference values."""
     fitted: dict[str, Any]
     """What the detector learnt from the reference."""
+    rise: float | None = None
+    """What the threshold rises by where the ARL0 is e times as long; None: not measured, as in older bundles."""
 
     @classmethod
     def from_dict(cls, numbers: dict[str, Any]) -> Calibration:
         """From what ``to_dict`` gave, by way of JSON. Raises ``ValueError`` naming the entries that are wrong."""
+        numbers = {"rise": None, **numbers}
         expected = {field.name for field in fields(cls)}
         if wrong := expected.symmetric_difference(numbers):
             raise ValueError(f"calibration: missing or unknown entries {sorted(wrong)}: calibrate anew")
         other = {"detector", "options", "method", "width", "weights", "domain", "fitted"}
+        other |= {"rise"} if numbers.get("rise") is None else set()
         bad = [key for key in sorted(expected - other) if not _numeric(numbers[key])]
         bad += [key for key in POSITIVE if key not in bad and not (np.asarray(numbers[key]) > 0).all()]
         bad += [key for key in ("weights",) if not all(_numeric(weight) for weight in numbers[key])]
@@ -70,6 +74,33 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+    def at(self, arl0: float) -> Calibration:
+        """The same for another mean time between false alarms, by the measured slope of the threshold.
+
+        A calibration for that time would give about the same threshold, the more so the smaller the change: where log
+        ARL0 is not linear in the threshold, as at the low end of page_hinkley and adwin, it may be half of it.
+
+        Raises:
+            ValueError: the slope was not measured, or it leads below a threshold of 0.
+        """
+        check_arl0(arl0)
+        if self.rise is None:
+            raise ValueError("it was calibrated without the slope of its threshold: calibrate anew")
+        factor = arl0 / self.arl0
+        threshold = self.threshold + self.rise * math.log(factor)
+        if threshold <= 0.0:
+            raise ValueError(f"calibrated for an ARL0 of {self.arl0:g}, it can't be set to {arl0:g}: calibrate anew")
+        doubt = max(factor, 1.0 / factor) ** DOUBT
+        return replace(
+            self,
+            threshold=threshold,
+            arl0=float(arl0),
+            reached_arl0=self.reached_arl0 * factor,
+            reached_low=self.reached_low * factor / doubt,
+            reached_high=self.reached_high * factor * doubt,
+            method=f"{self.method}, set from an ARL0 of {self.arl0:g}",
+        )
 
     def check(self, detector: Detector) -> None:
         """Raise ``ValueError`` unless the calibration was made for ``detector`` with the same options."""
@@ -137,6 +168,7 @@ def find(detector: Detector, reference: F64, arl0: float, seed: int) -> Calibrat
         autocorrelation_time=front.autocorrelation_time,
         rows=front.rows,
         fitted=fit.fitted(),
+        rise=found.rise,
     )
 
 

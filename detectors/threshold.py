@@ -16,6 +16,10 @@ ALARMS = 150
 FEWEST_ALARMS = 60
 """Below this the threshold is extrapolated from a smaller ARL0."""
 MIN_ROWS, MAX_ROWS = 200_000, 1_200_000
+DOUBT = 0.1
+"""The effect on the threshold of a factor in ARL0 is known to this share."""
+BELOW = 0.25
+"""Share of the threshold over which its slope is measured."""
 TOLERANCE = 0.03
 """Relative error at which the search stops: well under the Monte Carlo error."""
 RESOLUTION = 1e-3
@@ -33,6 +37,8 @@ class Found:
     low: float
     high: float
     method: str
+    rise: float
+    """What the threshold rises by where the ARL0 is e times as long: log ARL0 grows about linearly in it."""
 
 
 class _Runs:
@@ -113,8 +119,10 @@ def find_threshold(front: Front, arl0: float, seed: int) -> Found:
     if reach > 1.0:
         rise = max(0.0, threshold - _solve(runs, threshold, shown / 8.0)) / math.log(8.0)
         beyond += rise * math.log(reach)
-        stretch = reach**0.1
+        stretch = reach**DOUBT
         method += f", extrapolated from an ARL0 of {shown:.0f}"
+    else:
+        rise = _rise(runs, threshold, shown)
     quiet = _raised(front, beyond, arl0)
     if quiet > beyond:
         threshold = beyond = quiet
@@ -123,7 +131,14 @@ def find_threshold(front: Front, arl0: float, seed: int) -> Found:
     elif threshold <= 2.0 * RESOLUTION * detector.threshold:
         method += ", lowest threshold: it can't alarm more often"
     reached, low, high = _interval(_Runs(front, rows, seed + 1).alarms(threshold), runs.rows)
-    return Found(beyond, reached * reach, low * reach / stretch, high * reach * stretch, method)
+    return Found(beyond, reached * reach, low * reach / stretch, high * reach * stretch, method, rise)
+
+
+def _rise(runs: _Runs, threshold: float, arl0: float) -> float:
+    """Threshold per unit of log ARL0 below ``threshold``, which gives ``arl0``; 0 where the ARL0 does not fall."""
+    lower = (1.0 - BELOW) * threshold
+    fall = runs.log_arl(threshold, arl0) - runs.log_arl(lower, arl0 / 8.0)
+    return (threshold - lower) / fall if fall > 0.0 else 0.0
 
 
 def _raised(front: Front, threshold: float, arl0: float) -> float:

@@ -23,7 +23,7 @@ from daemon.worker import Worker
 log = structlog.get_logger("homeostat.operator")
 
 
-WITH_BUNDLE = ("HOMEOSTAT_BUNDLE", "HOMEOSTAT_FACTORY", "HOMEOSTAT_DETECT__ARL0")
+WITH_BUNDLE = ("HOMEOSTAT_BUNDLE", "HOMEOSTAT_FACTORY")
 """What a new bundle brings along."""
 
 
@@ -56,7 +56,11 @@ def reload(service: Service) -> str:
     except SettingsError as error:
         raise NotReloadedError("nothing is changed: " + "; ".join(error.problems)) from None
     differs = _differs(service, new)
-    _put_in_force(service, change.settings)
+    try:
+        _put_in_force(service, change.settings)
+    except ValueError as error:
+        asked = new.detect.arl0
+        raise NotReloadedError(f"nothing is changed: HOMEOSTAT_DETECT__ARL0={asked}: the bundle's {error}") from None
     bundle = _begin(service, new) if differs else ""
     restart = [name for name in change.restart if not (bundle and name in WITH_BUNDLE)]
     log.info("settings read again", changed=change.live, bundle=bundle or None, needs_restart=restart)
@@ -79,9 +83,7 @@ def _differs(service: Service, new: Settings) -> bool:
 
 def _begin(service: Service, new: Settings) -> str:
     present = service.worker.settings
-    detect = present.detect.model_copy(update={"arl0": new.detect.arl0})
-    given = {"bundle": new.bundle, "factory": new.factory, "detect": detect}
-    return service.succession.begin(present.model_copy(update=given))
+    return service.succession.begin(present.model_copy(update={"bundle": new.bundle, "factory": new.factory}))
 
 
 def _put_in_force(service: Service, settings: Settings) -> None:

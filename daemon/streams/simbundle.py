@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from daemon import __version__
+from daemon.settings import ARL0
 from daemon.streams.simsource import SimOptions
 
 FACTORY = "daemon.streams.simmodel:build"
@@ -16,7 +17,7 @@ def ensure_bundle(
     state_dir: Path,
     source: str,
     detector: str = "cusum",
-    arl0: float = 200_000,
+    arl0: float = ARL0,
     progress: Callable[[str], None] = lambda text: None,
     fast_name: str = "none",
     features: str | None = None,
@@ -55,7 +56,7 @@ def make_bundle(
     *,
     watch: Sequence[str] | None = None,
     features: str | None = None,
-    arl0: float = 200_000,
+    arl0: float = ARL0,
     prepare: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:

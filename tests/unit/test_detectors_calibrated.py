@@ -109,6 +109,45 @@ def test_a_reset_drops_the_evidence_and_keeps_the_baseline(made: tuple[str, dict
     assert_same_state(watch.state_dict(), fresh)
 
 
+def test_another_rate_of_false_alarms_keeps_the_evidence(made: tuple[str, dict[str, Any]]) -> None:
+    values = noise(3, 130)
+    watch, as_before = ready(made), ready(made)
+    for one in (watch, as_before):
+        one.update_many(values)
+    watch.retarget(4_000)
+    assert watch.arl0 == 4_000 and watch.threshold >= as_before.threshold
+    assert watch.statistic == pytest.approx(as_before.statistic) and watch.location == as_before.location
+    low, reached, high = (watch.calibration()[key] for key in ("reached_low", "reached_arl0", "reached_high"))
+    assert low < reached < high and reached == pytest.approx(8 * as_before.reached_arl0)
+    other = ready(made)
+    other.load_state_dict(watch.state_dict())
+    assert other.update_many(noise(4, 90)) == watch.update_many(noise(4, 90))
+    assert_same(other, watch)
+    watch.retarget(500)
+    assert watch.threshold == pytest.approx(as_before.threshold)
+
+
+def test_a_calibration_that_does_not_tell_the_slope_has_one_rate(standard: tuple[str, dict[str, Any]]) -> None:
+    name, calibration = standard
+    watch = ready((name, {key: value for key, value in calibration.items() if key != "rise"}))
+    watch.update_many(noise(3, 100))
+    before = watch.state_dict()
+    watch.retarget(500)
+    for arl0, problem in ((600, "without the slope"), (math.nan, "arl0 must be"), (1, "arl0 must be")):
+        with pytest.raises(ValueError, match=problem):
+            watch.retarget(arl0)
+    assert_same_state(watch.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["cusum", "e_detector", "kswin"])
+def test_false_alarms_come_as_often_as_is_asked_for_later(name: str) -> None:
+    watch = ready((name, calibrated(name)))
+    watch.retarget(2_000)
+    rows = 400_000
+    alarms = len(watch.update_many(noise(11, rows)))
+    assert 1_000 < rows / alarms < 4_000
+
+
 def test_one_wild_reading_is_no_drift(standard: tuple[str, dict[str, Any]]) -> None:
     values = noise(9, 200)
     quiet = ready(standard).update_many(values)

@@ -210,7 +210,8 @@ def test_decisions_are_noted_whatever_is_logged(level: str, tmp_path: Path, capf
     x, y = source_rows(ROWS, seed=3)
     x[400:] += 2.0
     recording = Recording(x=x, y=y.astype(np.int64), times_s=np.arange(float(ROWS)))
-    result = replay(settings(tmp_path), open_bundle(bundle(), FACTORY), recording, Plan(batch_rows=32))
+    given = settings(tmp_path, detect={"arl0": 100})
+    result = replay(given, open_bundle(bundle(), FACTORY), recording, Plan(batch_rows=32))
     assert any("reasons ['drift alarm']" in text for _, text in result.decisions)
     assert any("calibrated for another HOMEOSTAT_DETECT__ARL0" in text for text in result.warnings)
     assert daemon.actions.log is before

@@ -112,6 +112,23 @@ def test_bounds_hold_from_the_next_batch_on(service: Service) -> None:
     assert service.done
 
 
+def test_another_rate_of_false_alarms_holds_at_once_and_one_that_can_not_be_had_changes_nothing(
+    service: Service,
+) -> None:
+    watch = service.worker.loop.monitor.watch
+    service.turn()
+    calibrated = [made.threshold for made in watch.detectors.values()]
+    told = again(service, "HOMEOSTAT_DETECT__ARL0=20000")
+    assert told.startswith("changed: HOMEOSTAT_DETECT__ARL0=20000.0 (was unset); needs a restart: HOMEOSTAT_SOURCE")
+    assert all(made.threshold > before for made, before in zip(watch.detectors.values(), calibrated, strict=True))
+    raised = [made.threshold for made in watch.detectors.values()]
+    with pytest.raises(NotReloadedError, match=r"nothing is changed: HOMEOSTAT_DETECT__ARL0=100.0: .*calibrate anew"):
+        again(service, "HOMEOSTAT_DETECT__ARL0=100", "HOMEOSTAT_SHED=3")
+    assert [made.threshold for made in watch.detectors.values()] == raised and service.worker.settings.shed is None
+    again(service)
+    assert [made.threshold for made in watch.detectors.values()] == pytest.approx(calibrated)
+
+
 def test_a_wrong_setting_changes_nothing_and_is_told_with_its_line(service: Service) -> None:
     before = service.worker.settings
     with pytest.raises(NotReloadedError, match=r"nothing is changed: HOMEOSTAT_SLOW__ALPHA=7: .*line 2\)"):

@@ -177,3 +177,13 @@ def test_the_report_is_json_and_counts_what_was_done(tmp_path: Path) -> None:
     summary = json.loads(json.dumps(closing(service), allow_nan=False))
     assert (summary["records"], summary["positions"]) == (100, {"mem/0": 100})
     assert "100  (0 invalid, 0 dead letters)" in table(summary)
+
+
+def test_it_is_ready_only_once_the_loop_turns_and_a_signal_to_stop_drains_it(tmp_path: Path) -> None:
+    service = Service(worker(tmp_path, records(64)))
+    service.start()
+    assert service.ready() == (False, "starting")
+    seen: list[tuple[bool, str]] = []
+    service.on_batch = lambda: seen.append(service.ready())
+    assert service.run() == 0 and seen[0] == (True, "ready")
+    service.close()

@@ -78,6 +78,36 @@ def test_a_watch_goes_on_from_a_checkpoint_bit_identically(tmp_path: Path, bundl
     np.testing.assert_equal(one.monitor.watch.state_dict(), other.monitor.watch.state_dict())
 
 
+def test_another_rate_of_false_alarms_is_that_of_all_together_and_outlives_a_checkpoint(
+    tmp_path: Path, bundle: Path
+) -> None:
+    loop = worker(tmp_path, bundle=bundle).loop
+    loop.process(decoded(source_rows(100, seed=7)[0]))
+    watch, early = loop.monitor.watch, loop.monitor.watch.early["feature_shift"]
+    each = {name: (made.arl0, made.threshold, made.statistic) for name, made in watch.detectors.items()}
+    watch.aim(5_000)
+    assert watch.arl0 == 5_000 and early.arl0 == 5_000
+    for name, made in watch.detectors.items():
+        arl0, threshold, statistic = each[name]
+        assert made.arl0 == arl0 / 4 and made.threshold < threshold and made.statistic == pytest.approx(statistic)
+    again = worker(tmp_path, bundle=bundle, detect={"arl0": 40_000}).loop.monitor.watch
+    again.load_state_dict(checkpoint.decode(checkpoint.encode(watch.state_dict())))
+    assert all(made.arl0 == 2 * each[name][0] for name, made in again.detectors.items())
+    assert all(made.threshold > each[name][1] for name, made in again.detectors.items())
+    watch.aim(None)
+    assert all(made.threshold == pytest.approx(each[name][1]) for name, made in watch.detectors.items())
+
+
+def test_a_rate_that_one_detector_can_not_have_changes_none(tmp_path: Path, bundle: Path) -> None:
+    watch = worker(tmp_path, bundle=bundle).loop.monitor.watch
+    watch.rows(worker(tmp_path, bundle=bundle).loop.resident.measure_version(source_rows(64)[0]))
+    before, rate = watch.state_dict(), watch.arl0
+    with pytest.raises(ValueError, match=r"early_warning: .*calibrate anew"):
+        watch.aim(60)
+    np.testing.assert_equal(watch.state_dict(), before)
+    assert watch.arl0 == rate
+
+
 def test_other_shares_of_the_classes_are_reported_and_start_no_adaptation(tmp_path: Path, bundle: Path) -> None:
     made = worker(tmp_path, bundle=bundle)
     watch = made.loop.monitor.watch
