@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+WAIT_MS = 40_000
+# A page's own time-out does not hold for assertions, which would give up after 5 s.
+expect.set_options(timeout=WAIT_MS)
 
 # Counts how far things jump after the first answer is drawn; what a person brings about does not count.
 _SHIFTS = """
@@ -49,7 +53,7 @@ def opened(browser: Browser, url: str, *, width: int = 1280, height: int = 900, 
         reduced_motion="reduce",
         timezone_id="Europe/Zurich",
     )
-    context.set_default_timeout(40_000)
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     page.add_init_script(_SHIFTS)
     asked: list[str] = []

@@ -17,7 +17,7 @@ from kafka.partitioner.default import murmur2
 
 from daemon.broker import TrialBroker
 from daemon.streams.bulk.write import BulkProducer
-from tests.kafka import consume_all, create_topic
+from tests.kafka import consume_all, consume_committed, create_topic
 
 KILLS = 10 if os.environ.get("HOMEOSTAT_LONG") == "1" else 1
 
@@ -113,8 +113,7 @@ def test_a_transaction_is_seen_whole_or_not_at_all(kafka_broker: str, topic: Cal
     assert sorted(record.value for record in records) == sorted(
         b"%d-%d" % (turn, row) for turn in (0, 2) for row in range(1_000)
     )
-    with pytest.raises(TimeoutError, match="2000 of 2001"):
-        consume_all(kafka_broker, name, 2_001, timeout_s=1, isolation_level="read_committed")
+    assert len(consume_committed(kafka_broker, name)) == 2_000, "and nothing after them"
 
 
 def test_a_full_buffer_holds_the_caller_back_and_loses_nothing(kafka_broker: str, topic: Callable[..., str]) -> None:
@@ -209,11 +208,9 @@ def test_a_broker_killed_and_restarted_costs_no_row_and_doubles_none(tmp_path: P
             many.flush(60)
         assert all(future.succeeded() for future in futures)
         assert sum(future.rows for future in futures) == count
-        records = consume_all(broker.address, "t", count, timeout_s=60)
+        records = consume_committed(broker.address, "t")
         assert sorted(int(record.key) for record in records) == list(range(count))
         for partition in by_partition(records).values():
             order = [int(record.key) for record in partition]
             assert order == sorted(order)
-        with pytest.raises(TimeoutError, match=f"{count} of {count + 1}"):
-            consume_all(broker.address, "t", count + 1, timeout_s=1)
         gc.collect()
