@@ -16,6 +16,8 @@ log = structlog.get_logger("homeostat.service")
 
 _EVERY_S = 5.0
 """Longest time between two lines of status."""
+_WAIT_S = 1.0
+"""How long a supervisor that does not read may hold us up with each line; then the line is dropped."""
 
 
 class Supervisor:
@@ -37,6 +39,7 @@ class Supervisor:
         self._address = environment.get("NOTIFY_SOCKET", "")
         self._every_s = min(_EVERY_S, _watchdog_s(environment) / 3)
         self._over = threading.Event()
+        self._heard = True
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     def ready(self) -> None:
@@ -64,9 +67,16 @@ class Supervisor:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as pipe:
-                pipe.sendto(text.encode(), address)
+                pipe.settimeout(_WAIT_S)
+                # Connected, as the wait for room in the other end's queue is a busy one without.
+                pipe.connect(address)
+                pipe.send(text.encode())
+            self._heard = True
         except OSError as error:
-            log.debug("supervisor not told", socket=self._address, error=str(error))
+            # Once a silence: the next line to be dropped says nothing new.
+            tell = log.warning if self._heard else log.debug
+            self._heard = False
+            tell("supervisor not told", said=text, socket=self._address, error=str(error))
 
 
 def _watchdog_s(environment: Mapping[str, str]) -> float:

@@ -103,7 +103,7 @@ def test_a_retained_message_counts_once(mosquitto: Mosquitto, source: Made) -> N
         sensor.publish("kept", b"last known", retain=True)
         for found in ([b"last known"], []):
             reader = source(mosquitto, "kept", {"mqtt:kept": 0})
-            assert values([reader.poll(10, 0.5)]) == found
+            assert values(read(reader, 1) if found else [reader.poll(10, 0.5)]) == found
             reader.commit({"mqtt:kept": 1}, "")
             reader.close()
 
@@ -270,7 +270,7 @@ def test_tls_with_certificates_and_a_login_and_each_refusal_says_what_was_tried(
         short = {"connect_timeout_s": 1.0}
         for wrong, said in (
             ({"password_file": tmp_path / "wrong"}, "TLS to .* as 'plant', client id .*: refused: "),
-            ({"ssl_cafile": None} | short, "TLS to .*: .*certificate"),
+            ({"ssl_cafile": None}, "TLS to .*: .*certificate"),
             ({"ssl_certfile": None, "ssl_keyfile": None} | short, r"TLS to .* \(tried for 1 s\)"),
             ({"password_file": tmp_path / "absent"}, "HOMEOSTAT_MQTT__PASSWORD_FILE=.*absent: No such file"),
             ({"ssl_cafile": tmp_path / "absent"}, "HOMEOSTAT_MQTT__SSL_CAFILE=.*absent: No such file"),
@@ -281,10 +281,10 @@ def test_tls_with_certificates_and_a_login_and_each_refusal_says_what_was_tried(
 
 
 def test_a_broker_that_is_not_there_or_is_none_is_named() -> None:
-    settings = Mqtt(connect_timeout_s=0.5)
+    settings = Mqtt(connect_timeout_s=3)
     with pytest.raises(StreamError, match=r"HOMEOSTAT_SOURCE=mqtt://127.0.0.1:\d+/t: plain TCP to .*refused"):
         MqttSource(f"mqtt://127.0.0.1:{free_port()}/t", settings).open(None)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(StreamError, match=rf"plain TCP to 127.0.0.1:{port} without a login.*tried for 0.5 s"):
-            MqttSource(f"mqtt://127.0.0.1:{port}/t", settings).open(None)
+            MqttSource(f"mqtt://127.0.0.1:{port}/t", Mqtt(connect_timeout_s=0.5)).open(None)

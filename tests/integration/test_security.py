@@ -134,7 +134,7 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
 def test_a_shut_door_says_what_was_tried_where_and_why_it_stays_shut(world: World, name: str) -> None:
     listener, protocol, mechanism, change, said = WRONG[name]
     change = {key: world.broker.stranger.cert if value == "stranger" else value for key, value in change.items()}
-    settings = world.settings(protocol, mechanism, bootstrap_timeout_s=1.0, **change)
+    settings = world.settings(protocol, mechanism, bootstrap_timeout_s=5.0, **change)
     with pytest.raises(StreamError, match=said) as raised:
         world.enter(listener, settings)
     text = str(raised.value)
