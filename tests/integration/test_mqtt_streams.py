@@ -109,12 +109,14 @@ def test_a_retained_message_counts_once(mosquitto: Mosquitto, source: Made) -> N
 
 
 def test_a_broken_connection_costs_no_record_and_repeats_none_that_is_in_hand(tmp_path: Path, source: Made) -> None:
-    with Mosquitto(tmp_path / "broker") as broker:
+    with Mosquitto(tmp_path / "broker", "log_type all") as broker:
         reader = source(broker, "t")
         with Peer(broker, name="sensor") as sensor:
             sensor.publish("t", b"answered", b"in hand")
             read(reader, 2)
             reader.commit({"mqtt:t": 1}, "")
+            said = broker.folder / "mosquitto.log"
+            eventually("the acknowledgement is in", lambda: "Received PUBACK from" in said.read_text())
             broker.stop()
             eventually("it is seen", lambda: not reader.ready())
             assert not len(reader.poll(10, 0.0))
