@@ -6,6 +6,7 @@ all others follow in the order of the months, and each label comes 200 records a
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from daemon.packing import pack
+from tests.daemon_process import parse_metrics, reached
 from tests.kafka import consume_all, produce
 from tests.models import gas
 
@@ -126,18 +128,28 @@ class Daemon:
             time.sleep(0.02)
         raise TimeoutError(self.log.read_text()[-3000:])
 
+    def _scrape(self) -> dict[str, float] | None:
+        """None where no answer comes; the next one may."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+                return parse_metrics(answer.read().decode())
+        except (OSError, http.client.HTTPException):
+            return None
+
     def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+        found: dict[str, float] = self._wait(self._scrape)
+        return found
 
     def wait_for(self, metric: str, value: float) -> dict[str, float]:
-        def reached() -> dict[str, float] | None:
-            metrics = self.metrics()
-            return metrics if metrics[metric] >= value else None
+        def there() -> dict[str, float] | None:
+            metrics = self._scrape()
+            return metrics if metrics is not None and metrics[metric] >= value else None
 
-        result: dict[str, float] = self._wait(reached)
+        result: dict[str, float] = self._wait(there)
         return result
+
+    def wait_for_kill(self, metric: str, least: float) -> None:
+        self._wait(lambda: reached(self.metrics(), metric, least) or None)
 
     def kill(self) -> None:
         self.process.kill()
@@ -250,7 +262,7 @@ def test_three_kills_leave_nothing_unanswered_and_the_very_same_state(
     seed = int.from_bytes(os.urandom(4), "little")
     daemon = Daemon(tmp_path, kafka_broker, topics, bundle)
     for more in np.random.default_rng(seed).integers(100, 1_500, 3):
-        daemon.wait_for("homeostat_records_in_total", int(more))
+        daemon.wait_for_kill("homeostat_records_in_total", int(more))
         daemon.kill()
         daemon.start()
     daemon.wait_for('homeostat_labels_total{result="joined"}', count)

@@ -64,7 +64,7 @@ def test_a_killed_worker_leaves_no_record_unanswered(
     }
     for least in (1, 1_000):
         with DaemonProcess(streams, tmp_path) as daemon:
-            daemon.wait_until_ready().wait_for("homeostat_records_out_total", least)
+            daemon.wait_for_kill("homeostat_records_out_total", least)
             daemon.kill()
     with DaemonProcess(streams, tmp_path) as daemon:
         daemon.wait_until_ready()

@@ -46,7 +46,7 @@ def test_after_kills_the_very_same_records_are_asked_for_and_none_is_left_out(
     streams = asking(settings, kafka_broker, killed)
     for least in (1, 1_500):
         with DaemonProcess(streams, tmp_path) as daemon:
-            daemon.wait_until_ready().wait_for("homeostat_records_out_total", least)
+            daemon.wait_for_kill("homeostat_records_out_total", least)
             daemon.kill()
     with DaemonProcess(streams, tmp_path) as daemon:
         finished(daemon)

@@ -79,11 +79,11 @@ def decisions(folder: Path) -> list[dict[str, Any]]:
 
 
 def run(streams: dict[str, str], folder: Path, kills: tuple[int, ...] = ()) -> None:
-    """To the end of the file; killed each time that so many records have been answered in that life."""
+    """To the end of the file; killed each time that so many records have been answered in that life, or all."""
     own = placed(streams, folder)
     for least in kills:
         with DaemonProcess(own, folder) as daemon:
-            daemon.wait_until_ready().wait_for("homeostat_records_out_total", least)
+            daemon.wait_for_kill("homeostat_records_out_total", least)
             daemon.kill()
     with DaemonProcess(own, folder) as daemon:
         assert daemon.wait(120) == 0, daemon.log[-3000:]
