@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A machine that pauses says nothing about the code: no time limit on an example. The rest is as hypothesis has it, which
-# in CI draws the same examples every time.
+# A machine that pauses says nothing about the code: an example has no time limit. The rest is as hypothesis has it,
+# which in CI draws the same examples every time.
 settings.register_profile("calm", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("calm")
 

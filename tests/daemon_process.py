@@ -137,9 +137,9 @@ class DaemonProcess:
         eventually("/readyz says 200", lambda: self.get("/readyz")[0] == 200)
         return self
 
-    def wait_for(self, metric: str, least: float) -> None:
+    def wait_for(self, metric: str, least: float, timeout_s: float = DEADLINE_S) -> None:
         """Until the metric is ``least`` or more."""
-        eventually(f"{metric} is {least:g} or more", lambda: self.metrics()[metric] >= least)
+        eventually(f"{metric} is {least:g} or more", lambda: self.metrics()[metric] >= least, timeout_s)
 
     def wait_for_kill(self, metric: str, least: float) -> None:
         """Until it is ready and ``reached``, or has ended by itself and well."""

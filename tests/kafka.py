@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import KafkaError
 
 from daemon.broker import TrialBroker
 from daemon.broker_runtime import BrokerError, jars, java
 
 
-def wait_for_port(address: str, timeout_s: float = 30) -> None:
+def wait_for_port(address: str, timeout_s: float = 90) -> None:
     """Return once something listens on ``host:port``.
 
     To be called before any client is made: kafka-python's back-off otherwise adds 3 to 5 seconds.
@@ -36,11 +37,12 @@ def wait_for_port(address: str, timeout_s: float = 30) -> None:
             time.sleep(0.05)
 
 
-def create_topic(address: str, name: str, partitions: int = 1) -> None:
-    """Make a topic and wait until each of its partitions has a leader."""
+def create_topic(address: str, name: str, partitions: int = 1, **config: str) -> None:
+    """Make a topic and wait until each of its partitions has a leader. ``max_message_bytes="2000"``."""
     wait_for_port(address)
     with KafkaAdminClient(bootstrap_servers=address) as admin:
-        shape = {"num_partitions": partitions, "replication_factor": 1}
+        configs = {key.replace("_", "."): value for key, value in config.items()}
+        shape = {"num_partitions": partitions, "replication_factor": 1, "configs": configs}
         admin.create_topics({name: shape}, wait_for_metadata=True)
 
 
@@ -65,7 +67,20 @@ def produce(
             future.get(timeout=60)
 
 
-def consume_all(address: str, topic: str, count: int, timeout_s: float = 30, **consumer: Any) -> list[Any]:
+def produce_to_new(
+    address: str, topic: str, values: Sequence[bytes | None], partition: int, timeout_s: float = 90
+) -> None:
+    """To a partition that was just made: not every client is told of it at once. After an error it is sent again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return produce(address, topic, values, partition=partition)
+        except (KafkaError, ValueError):  # ValueError: kafka-python knows no such partition
+            if time.monotonic() > deadline:
+                raise
+
+
+def consume_all(address: str, topic: str, count: int, timeout_s: float = 90, **consumer: Any) -> list[Any]:
     """The first ``count`` records of all partitions, as kafka-python's ``ConsumerRecord``.
 
     Within a partition they are in order. Raises TimeoutError when fewer come within ``timeout_s``.
@@ -85,7 +100,7 @@ def consume_all(address: str, topic: str, count: int, timeout_s: float = 30, **c
     return records
 
 
-def consume_committed(address: str, topic: str, timeout_s: float = 60) -> list[Any]:
+def consume_committed(address: str, topic: str, timeout_s: float = 90) -> list[Any]:
     """Every record that a reader of committed answers sees in the topic now, whatever lies between them."""
     wait_for_port(address)
     records: list[Any] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.partitioner.default import murmur2
 
@@ -140,9 +140,7 @@ def test_batches_too_large_for_the_topic_are_cut_and_a_row_that_is_fails_alone(
     kafka_broker: str, topic: Callable[..., str]
 ) -> None:
     name, count = f"{topic()}-small", 400
-    with KafkaAdminClient(bootstrap_servers=kafka_broker) as admin:
-        shape = {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "2000"}}
-        admin.create_topics({name: shape}, wait_for_metadata=True)
+    create_topic(kafka_broker, name, max_message_bytes="2000")
     values = [b"%06d" % row + b"v" * 50 for row in range(count)]
     with bulk(kafka_broker, linger_ms=5, retry_backoff_ms=10) as many:
         futures = many.send_many(name, [None] * count, values)

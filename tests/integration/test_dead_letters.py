@@ -156,21 +156,13 @@ def test_what_the_target_does_not_take_is_left_and_the_others_go(
     assert code == 0 and "sent 3 of 5 dead letters" in said
     assert "a tombstone without a key can't be sent" in said and "too large to be kept in a dead letter" in said
     assert [len(row.value) for row in consume_all(kafka_broker, source, 3)] == [2, 999_000, 2]
-    small = topic(prefix="small")
-    _limit(kafka_broker, small, 100_000)
+    small = f"{source}.small"
+    create_topic(kafka_broker, small, max_message_bytes="100000")
     code, said = replay(url, "--again", "--to", f"kafka://{kafka_broker}/{small}")
     assert code == 3 and "refused by the broker: MessageSizeTooLargeError" in said
     assert [len(row.value) for row in consume_all(kafka_broker, small, 2)] == [2, 2]
     # It is left, and not noted as sent.
     assert "sent 1 of 3 dead letters" in replay(url)[1]
-
-
-def _limit(address: str, name: str, size: int) -> None:
-    from kafka import KafkaAdminClient
-    from kafka.admin import ConfigResource, ConfigResourceType
-
-    with KafkaAdminClient(bootstrap_servers=address) as admin:
-        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, {"max.message.bytes": str(size)})])
 
 
 def test_letters_of_an_aborted_transaction_never_go_and_the_end_is_reached(

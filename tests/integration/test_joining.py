@@ -11,7 +11,7 @@ from kafka import KafkaAdminClient
 from daemon.stream_settings import KafkaClient
 from daemon.streams.kafka import KafkaSource
 from tests.daemon_process import eventually
-from tests.kafka import produce
+from tests.kafka import produce_to_new
 
 
 @pytest.mark.parametrize("busy_s", [0.0, 0.05])
@@ -48,8 +48,8 @@ def test_joining_gets_through_and_commits_are_taken(
         for count in range(2, 6):
             with KafkaAdminClient(bootstrap_servers=kafka_broker) as admin:
                 admin.create_partitions({name: count})
-            produce(kafka_broker, name, [b"x"], partition=count - 1)
+            produce_to_new(kafka_broker, name, [b"x"], count - 1)
             eventually(f"it has {count} partitions", has(count))
-            eventually("a commit is taken", committed, 10)
+            eventually("a commit is taken", committed)
     finally:
         source.close()

@@ -204,7 +204,11 @@ def test_two_workers_share_a_topic_and_nothing_is_left_when_one_ends(
         for partition in range(4):
             produce(kafka_broker, source, records(part[partition::4]), partition=partition)
 
-    streams = on_kafka(settings, kafka_broker, source) | {"HOMEOSTAT_CHECKPOINT__EVERY_S": "0.5"}
+    streams = on_kafka(settings, kafka_broker, source) | {
+        "HOMEOSTAT_CHECKPOINT__EVERY_S": "0.5",
+        # A static member says no farewell: the other one gets its partitions when its session is over.
+        "HOMEOSTAT_KAFKA__SESSION_TIMEOUT_MS": "6000",
+    }
     with (
         DaemonProcess(streams | {"HOMEOSTAT_STATE_DIR": str(tmp_path / "a")}, tmp_path) as leaving,
         DaemonProcess(streams | {"HOMEOSTAT_STATE_DIR": str(tmp_path / "b")}, tmp_path) as staying,

@@ -62,6 +62,8 @@ def test_a_live_scrape_agrees_with_what_the_topics_hold(
         daemon.wait_until_ready().wait_for("homeostat_records_in_total", 1_007)
         daemon.wait_for('homeostat_labels_total{result="joined"}', 300)
         eventually("all is committed", lambda: committed(kafka_broker, f"g-{source}", source) == 1_007)
+        # Asked for now and then, not with every batch.
+        eventually("no lag is known", lambda: daemon.metrics()["homeostat_lag_records"] == 0)
         status, text = daemon.get("/metrics")
         scraped = daemon.metrics()
         assert status == 200

@@ -24,15 +24,12 @@ from daemon.streams.bulk.write import BulkProducer
 from daemon.streams.codecs import codec
 from daemon.streams.kafka import KafkaSource
 from tests.daemon_process import answers as answers_of
-from tests.daemon_process import eventually as soon
-from tests.daemon_process import ids
+from tests.daemon_process import eventually, ids
 from tests.kafka import produce
 from tests.unit.worlds import records, worker
 
-MAX_POLL_S = 6.0
-"""The group's patience in these tests, in place of 300 s."""
-
-eventually = functools.partial(soon, timeout_s=90)
+MAX_POLL_S = 12.0
+"""The group's patience in these tests, in place of 300 s. A checkpoint alone may flush for 5 s without a poll."""
 
 
 @pytest.fixture

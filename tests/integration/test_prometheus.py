@@ -6,13 +6,14 @@ Files and what is shortened of them: tests/prometheus.py.
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.daemon_process import DaemonProcess, eventually, records
-from tests.prometheus import FOLDER, binary, quick_rules, told, watched
+from tests.prometheus import FOLDER, Webhook, binary, quick_rules, told, watched
 
 
 def test_prometheus_and_alertmanager_take_their_files_as_they_are() -> None:
@@ -44,6 +45,15 @@ def saving(settings: dict[str, str], tmp_path: Path) -> dict[str, str]:
     }
 
 
+def others(webhook: Webhook, ask: Callable[[str], float | None], *expected: str) -> set[str]:
+    """Alerts that somebody was told of for no reason.
+
+    A scrape has 250 ms here, and HomeostatDown waits for 1 s: a machine that pauses for longer raises it rightly.
+    """
+    missed = ask('min_over_time(up{job="homeostat"}[10m])') == 0
+    return {notice[0] for notice in webhook.notices} - {*expected, *(["HomeostatDown"] if missed else [])}
+
+
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_down_for_prometheus_and_up_again_when_it_goes_on(
     saving: dict[str, str], tmp_path: Path
@@ -54,15 +64,16 @@ def test_a_worker_that_hangs_is_down_for_prometheus_and_up_again_when_it_goes_on
         with watched(tmp_path / "watch", target) as (webhook, ask):
             eventually("Prometheus has scraped it", lambda: ask('up{job="homeostat"}') == 1)
             eventually("it reads records", lambda: (ask("homeostat:records:rate5m") or 0) > 0)
-            assert webhook.notices == []
+            assert not others(webhook, ask)
             daemon.process.send_signal(signal.SIGSTOP)
             try:
                 assert webhook.wait_for("HomeostatDown", "firing") == (target, f"{target} does not answer Prometheus")
-                assert ask('up{job="homeostat"}') == 0
+                eventually("it does not answer", lambda: ask('up{job="homeostat"}') == 0)
             finally:
                 daemon.process.send_signal(signal.SIGCONT)
             assert webhook.wait_for("HomeostatDown", "resolved")[0] == target
-            assert ask('ALERTS{alertname="HomeostatDown"}') is None
+            # One scrape that is missed makes it pending again, for a moment.
+            eventually("the alert is gone", lambda: ask('ALERTS{alertname="HomeostatDown"}') is None)
 
 
 @pytest.mark.slow
@@ -90,4 +101,4 @@ def test_bad_records_raise_an_alert_and_good_ones_end_it(saving: dict[str, str],
             webhook.wait_for("HomeostatDeadLetters", "resolved")
             assert (ask("homeostat:records_invalid:ratio10m") or 0) < 0.01
             assert daemon.metrics()['homeostat_records_invalid_total{reason="undecodable"}'] == 20
-            assert {notice[0] for notice in webhook.notices} == {"HomeostatDeadLetters"}
+            assert not others(webhook, ask, "HomeostatDeadLetters")

@@ -16,6 +16,7 @@ from tests.daemon_process import DaemonProcess, eventually
 
 RARELY = {"HOMEOSTAT_CHECKPOINT__EVERY_S": "1000"}
 OFTEN = {"HOMEOSTAT_CHECKPOINT__EVERY_BATCHES": "5"}
+PROMOTED_S = 120.0
 
 
 @pytest.fixture
@@ -64,18 +65,21 @@ def promoted(content: dict[str, Any], *, superseded: bool = False) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kills_leave_each_decision_once_and_an_operator_goes_back_and_forth(
     learning: dict[str, str], tmp_path: Path, versions: Callable[..., tuple[int, str]]
 ) -> None:
     with DaemonProcess(learning | RARELY, tmp_path) as daemon:
-        daemon.wait_until_ready().wait_for("homeostat_version", 1)
+        daemon.wait_until_ready().wait_for("homeostat_version", 1, PROMOTED_S)
+        # It serves before it is written down.
+        eventually("it is written down", lambda: promoted(seen(learning)))
         daemon.kill()
     first = seen(learning)
     assert promoted(first)[0] == 1
 
     # No checkpoint held it: the whole stream is replayed, and makes the same version at the same row again.
     with DaemonProcess(learning | OFTEN, tmp_path) as daemon:
-        daemon.wait_until_ready().wait_for("homeostat_version", 1)
+        daemon.wait_until_ready().wait_for("homeostat_version", 1, PROMOTED_S)
         eventually("its file is there", lambda: 1 in [item["number"] for item in seen(learning)["versions"]])
         code, said = versions("rollback", "0", "--hold", "--wait", "30")
         assert code == 0 and "version 0 serves; held" in said, said
