@@ -14,16 +14,18 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from kafka import KafkaAdminClient
 from kafka import errors as kafka_errors
+from kafka.protocol.admin import DescribeClusterRequest
 
 from daemon.broker import JVM_FLAGS, LOG4J
 from daemon.broker_runtime import BrokerError, jars, java
+from tests.daemon_process import DEADLINE_S, free_ports
 
 HOST = "127.0.0.1"
 SESSION_MS = 6_000
@@ -47,7 +49,7 @@ class Cluster:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._watchers: dict[int, subprocess.Popen[bytes]] = {}
         self._paused: set[int] = set()
-        ports = _free_ports(2 * nodes)
+        ports = free_ports(2 * nodes)
         self._ports = dict(zip(self.nodes, ports[:nodes], strict=True))
         self._controllers = dict(zip(self.nodes, ports[nodes:], strict=True))
 
@@ -68,7 +70,7 @@ class Cluster:
         """Whether its process runs, stopped in its tracks or not."""
         return node in self._processes and self._processes[node].poll() is None
 
-    def start(self, timeout_s: float = 60) -> None:
+    def start(self, timeout_s: float = DEADLINE_S) -> None:
         """Start every node that is not alive; return once each is known to all."""
         classpath = str(jars() / "*")
         base = [java(), *JVM_FLAGS, "-cp", classpath]
@@ -87,7 +89,7 @@ class Cluster:
             self.close()
             raise
 
-    def start_node(self, node: int, timeout_s: float = 60, *, wait: bool = True) -> None:
+    def start_node(self, node: int, timeout_s: float = DEADLINE_S, *, wait: bool = True) -> None:
         """Start a dead node again, on its data and ports; with ``wait`` until the others have taken it in."""
         if not self.alive(node):
             self._reap(node)
@@ -140,7 +142,7 @@ class Cluster:
             process.kill()
             self._reap(node)
 
-    def create_topic(self, name: str, partitions: int = 1, timeout_s: float = 30, **config: str) -> None:
+    def create_topic(self, name: str, partitions: int = 1, timeout_s: float = DEADLINE_S, **config: str) -> None:
         """A topic with a copy on every node; acknowledged records are on two at least. ``min_insync_replicas="1"``."""
         settings = {"min.insync.replicas": "2" if len(self.nodes) > 2 else "1"}
         settings |= {key.replace("_", "."): value for key, value in config.items()}
@@ -160,13 +162,13 @@ class Cluster:
             deadline,
         )
 
-    def partitions(self, topic: str, timeout_s: float = 30) -> list[dict[str, Any]]:
+    def partitions(self, topic: str, timeout_s: float = DEADLINE_S) -> list[dict[str, Any]]:
         """Each partition's ``partition_index``, ``leader_id`` (-1: none), ``isr_nodes`` and more, in order."""
         with self._admin(timeout_s) as admin:
             found = admin.describe_topics([topic])
         return sorted(found[0]["partitions"], key=lambda part: int(part["partition_index"]))
 
-    def leader(self, topic: str, partition: int = 0, timeout_s: float = 30) -> int:
+    def leader(self, topic: str, partition: int = 0, timeout_s: float = DEADLINE_S) -> int:
         """Number of the node that leads the partition; waits while there is none."""
 
         def led() -> int:
@@ -175,7 +177,7 @@ class Cluster:
 
         return int(self._until(f"{topic}/{partition} has a leader", led, time.monotonic() + timeout_s))
 
-    def wait_for_leader(self, topic: str, partition: int, but: int, timeout_s: float = 30) -> int:
+    def wait_for_leader(self, topic: str, partition: int, but: int, timeout_s: float = DEADLINE_S) -> int:
         """The partition's leader once it is another than ``but``."""
 
         def led() -> int:
@@ -185,7 +187,7 @@ class Cluster:
         what = f"{topic}/{partition} is led by another than node {but}"
         return int(self._until(what, led, time.monotonic() + timeout_s))
 
-    def wait_for_isr(self, topic: str, copies: int, timeout_s: float = 60) -> None:
+    def wait_for_isr(self, topic: str, copies: int, timeout_s: float = DEADLINE_S) -> None:
         """Until each partition of the topic has so many copies in sync."""
         self._until(
             f"{topic} has {copies} copies in sync",
@@ -194,12 +196,19 @@ class Cluster:
         )
 
     def known(self, timeout_s: float = 10) -> set[int]:
-        """Numbers of the nodes that the controllers take for alive."""
+        """Numbers of the nodes that each one that can answer takes for alive."""
         with self._admin(timeout_s) as admin:
-            return {int(broker["broker_id"]) for broker in admin.describe_cluster()["brokers"]}
 
-    def wait_for_nodes(self, count: int, timeout_s: float = 60) -> None:
-        """Until so many nodes are taken for alive."""
+            async def told_by(node: int) -> set[int]:
+                # kafka-python's own question goes to any node, and brings those that are fenced with it: dead, or not
+                # taken in yet.
+                answer = await admin._manager.send(DescribeClusterRequest(include_fenced_brokers=False), node_id=node)
+                return {int(broker.broker_id) for broker in answer.brokers}
+
+            return set.intersection(*(admin._manager.run(told_by, node) for node in self._answering()))
+
+    def wait_for_nodes(self, count: int, timeout_s: float = DEADLINE_S) -> None:
+        """Until so many nodes are taken for alive, by each of them."""
         deadline = time.monotonic() + timeout_s
         self._until(f"{count} nodes are known", lambda: len(self.known()) >= count, deadline)
 
@@ -214,9 +223,12 @@ class Cluster:
             error.add_note(self._said())
         self.close()
 
+    def _answering(self) -> list[int]:
+        return [node for node in self.nodes if self.alive(node) and node not in self._paused]
+
     def _admin(self, timeout_s: float) -> Any:
         # Only nodes that can answer: a client that begins with a stopped one waits for it.
-        answering = [self.address_of(node) for node in self.nodes if self.alive(node) and node not in self._paused]
+        answering = [self.address_of(node) for node in self._answering()]
         if not answering:
             raise BrokerError("every node is dead or stopped: start one before you ask")
         return KafkaAdminClient(
@@ -349,12 +361,6 @@ class Cluster:
                 said = [line for line in lines if not line.startswith("\tat ")]
                 ends.append("\n  ".join([f"the end of {self.log_of(node)}:", *said[-8:]]))
         return "\n".join(ends)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on; all are held for a moment, so that they differ."""
-    with ExitStack() as held:
-        return [int(held.enter_context(socket.create_server((HOST, 0))).getsockname()[1]) for _ in range(count)]
 
 
 def _listens(port: int) -> bool:

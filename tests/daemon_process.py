@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import json
@@ -39,10 +40,15 @@ def eventually(what: str, claim: Callable[[], T], timeout_s: float = DEADLINE_S)
     return found
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on; all are held for a moment, so that they differ."""
+    with contextlib.ExitStack() as held:
+        opened = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(listener.getsockname()[1]) for listener in opened]
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    return free_ports(1)[0]
 
 
 def parse_metrics(text: str) -> dict[str, float]:

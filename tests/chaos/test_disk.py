@@ -93,7 +93,8 @@ def test_a_disk_that_takes_nothing_costs_no_answer(
         daemon.wait_for(failures, 1)
         daemon.wait_for(out, 400)
         assert daemon.get("/healthz")[0] == 200
-        assert "checkpoint not written" in daemon.log and str(disk.path) in daemon.log
+        # Counted before it is said.
+        eventually("it is said", lambda: "checkpoint not written" in daemon.log and str(disk.path) in daemon.log)
         if delivery == "at-least-once":
             assert done() == 200  # no state for them: they would be answered by one that never saw them
         mend()

@@ -12,6 +12,7 @@ from kafka import KafkaProducer
 
 from daemon.broker_runtime import BrokerError
 from tests.cluster import Cluster
+from tests.daemon_process import DEADLINE_S
 from tests.kafka import consume_all
 
 LONG = os.environ.get("HOMEOSTAT_LONG") == "1"
@@ -40,7 +41,7 @@ def _kill_and_pause_leaders(folder: Path) -> list[bytes]:
         cluster.create_topic("t")
         first = cluster.leader("t")
         with KafkaProducer(bootstrap_servers=cluster.address.split(","), acks="all", linger_ms=0) as producer:
-            producer.send("t", b"before").get(timeout=30)
+            producer.send("t", b"before").get(timeout=DEADLINE_S)
             cluster.pause(first)
             second = cluster.wait_for_leader("t", 0, but=first)
             assert second != first and cluster.alive(first)
@@ -51,13 +52,13 @@ def _kill_and_pause_leaders(folder: Path) -> list[bytes]:
             # Sent to a dead leader: acknowledged once there is another.
             between = producer.send("t", b"between")
             third = cluster.wait_for_leader("t", 0, but=second)
-            between.get(timeout=30)
+            between.get(timeout=DEADLINE_S)
             if LONG:
                 cluster.start_node(second)
                 cluster.wait_for_isr("t", 3)
                 cluster.stop_node(third)
                 third = cluster.wait_for_leader("t", 0, but=third)
-            producer.send("t", b"after").get(timeout=30)
+            producer.send("t", b"after").get(timeout=DEADLINE_S)
         found = [record.value for record in consume_all(cluster.address_of(third), "t", 3)]
         cluster.stop(timeout_s=10)
         assert not any(cluster.alive(node) for node in cluster.nodes)

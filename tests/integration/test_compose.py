@@ -19,7 +19,7 @@ from kafka import KafkaAdminClient
 
 from daemon.broker import JVM_FLAGS, LOG4J
 from daemon.broker_runtime import jars, java
-from tests.daemon_process import DaemonProcess, answers, eventually, free_port
+from tests.daemon_process import DaemonProcess, answers, eventually, free_ports
 from tests.kafka import create_topic, wait_for_port
 
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -30,7 +30,7 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(
 @contextmanager
 def kafka(folder: Path) -> Iterator[str]:
     """The broker of compose.yaml; its address for the other services."""
-    inside, host, controller = free_port(), free_port(), free_port()
+    inside, host, controller = free_ports(3)
     moved = {
         "//kafka:19092": f"//127.0.0.1:{inside}",
         "//:19092": f"//127.0.0.1:{inside}",
@@ -59,7 +59,7 @@ def kafka(folder: Path) -> Iterator[str]:
         env=variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +83,7 @@ def kafka(folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # the model is trained and calibrated once, a minute on an idle machine
+@pytest.mark.timeout(1_500)  # the model is trained and calibrated once, a minute on an idle machine
 def test_the_stream_is_answered_and_its_labels_are_joined(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()
@@ -97,7 +97,7 @@ def test_the_stream_is_answered_and_its_labels_are_joined(tmp_path: Path) -> Non
     root = str(Path(__file__).parents[2])
     packed = {"PATH": f"{bin_folder}:/usr/bin:/bin", "PYTHONPATH": root, "HOMEOSTAT_HTTP": "off"}
     for _ in range(2):  # the second time it is there already
-        done = subprocess.run(shell, cwd=state, env=packed, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(shell, cwd=state, env=packed, capture_output=True, text=True, timeout=480, check=False)
         assert done.returncode == 0, done.stderr
     assert "training" not in done.stderr
 

@@ -17,7 +17,7 @@ from paho.mqtt.properties import Properties
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from daemon.tracing.context import context_of, parent_of
-from tests.daemon_process import ROOT, DaemonProcess, free_port, on_kafka, record, records
+from tests.daemon_process import ROOT, DaemonProcess, eventually, free_port, on_kafka, record, records
 from tests.kafka import consume_all, wait_for_port
 from tests.mosquitto import Mosquitto, Peer, mosquitto
 
@@ -82,6 +82,17 @@ def collector() -> Iterator[Collector]:
 
 def traced(url: str, **more: str) -> dict[str, str]:
     return {"HOMEOSTAT_TRACES": "on", "HOMEOSTAT_TRACES__ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "100", **more}
+
+
+def exported(collector: Collector, name: str) -> None:
+    """Until the span has come, and the one that it is linked with: the daemon's end waits 2 s for them, no longer."""
+
+    def there() -> bool:
+        spans = collector.spans
+        known = {span.span_id for span in spans}
+        return any(span.name == name and known.issuperset(link.span_id for link in span.links) for span in spans)
+
+    eventually(f"the collector has {name!r}", there)
 
 
 def values(span: Span) -> dict[str, str | int]:
@@ -168,6 +179,8 @@ def test_a_trace_goes_from_the_sensors_record_to_its_answer(
     with DaemonProcess(streams | more, tmp_path) as daemon:
         daemon.wait_until_ready()  # from then on its topics exist
         found = {answer.key: dict(answer.headers) for answer in consume_all(kafka_broker, f"{source}.answers", 10)}
+        if mode != "pass":
+            exported(collector, f"process {source}")
         assert daemon.terminate() == 0
     assert {key for key, carried in found.items() if carried} == {b"3", b"5"}
     assert found[b"5"] == {"traceparent": unsampled, "baggage": b"k=v"}
@@ -197,6 +210,7 @@ def test_a_dead_record_keeps_its_senders_context(
     with DaemonProcess(on_kafka(settings, kafka_broker, source) | traced(collector.url), tmp_path) as daemon:
         daemon.wait_until_ready()
         (letter,) = consume_all(kafka_broker, f"{source}.dead-letters", 1)
+        exported(collector, f"process {source}")
         assert daemon.terminate() == 0
     assert dict(letter.headers)["traceparent"] == GIVEN
     (span,) = [span for span in collector.spans if span.name == f"process {source}"]
@@ -216,6 +230,7 @@ def test_a_trace_goes_through_user_properties_of_mqtt(
         sensor._client.publish("traced/1", record("1"), qos=1, properties=said).wait_for_publish(30)
         sensor.publish("traced/1", record("2"))
         first, second = reader.wait_for(2)
+        exported(collector, "process traced/+")
         assert daemon.terminate() == 0
     (span,) = [span for span in collector.spans if span.name == "process traced/+"]
     carried = f"00-{TRACE}-{span.span_id.hex()}-01"
