@@ -96,6 +96,7 @@ def test_a_worker_that_is_killed_again_and_again_ends_where_an_undisturbed_one_d
             daemon.wait_for_kill("homeostat_records_in_total", chance.randint(1, 350))
             daemon.kill()
     with DaemonProcess(hurt, tmp_path / "hurt") as daemon:
+        daemon.wait_until_ready()  # it may have nothing left to do, and takes a SIGTERM from here on
         eventually("all is committed", lambda: committed(kafka_broker, group, topic) >= RECORDS, DEADLINE_S)
         assert daemon.terminate() == 0
     counts = answered(kafka_broker, hurt)

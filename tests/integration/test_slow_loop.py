@@ -93,6 +93,8 @@ def kill_between_checkpoints(daemon: DaemonProcess, folder: Path, before: int) -
 
     def caught() -> bool:
         daemon.process.send_signal(signal.SIGSTOP)
+        if not daemon.running:
+            return True
         os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if not daemon.running or ahead(folder) > before:
             return True
@@ -108,14 +110,16 @@ def kill_between_checkpoints(daemon: DaemonProcess, folder: Path, before: int) -
 def run(streams: dict[str, str], folder: Path, kills: tuple[int, ...] = ()) -> int:
     """To the end of the file; killed each time that so many records have been answered in that life.
 
-    Gives how often that was: one that the test was too late for has come to the end.
+    Gives how often that was: a life that the test is too late for comes to the end, and is the last one.
     """
     own, killed = placed(streams, folder), 0
     for least in kills:
         before = ahead(folder)
         with DaemonProcess(own, folder) as daemon:
             daemon.wait_for_kill("homeostat_records_out_total", least)
-            killed += kill_between_checkpoints(daemon, folder, before)
+            if not kill_between_checkpoints(daemon, folder, before):
+                return killed  # one more life would join the labels that were not due at the end
+        killed += 1
     with DaemonProcess(own, folder) as daemon:
         assert daemon.wait(120) == 0, daemon.log[-3000:]
     return killed
