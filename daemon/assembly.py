@@ -18,6 +18,7 @@ from daemon.device import choose_device
 from daemon.errors import SettingsError
 from daemon.labels import LabelJoin
 from daemon.learner import Learner
+from daemon.limiting import aim
 from daemon.loop import Loop
 from daemon.monitor import Monitor
 from daemon.opening import Streams, load_bundle, open_streams
@@ -220,15 +221,7 @@ def build(
         slots_by_key=settings.slots == "key",
         queries=queries,
     )
-    try:
-        watch.aim(settings.detect.arl0)
-    except ValueError as error:
-        log.warning(
-            "the bundle's detectors are calibrated for another HOMEOSTAT_DETECT__ARL0: pack it again to change that",
-            asked=settings.detect.arl0,
-            bundle=bundle.calibration["arl0"],
-            reason=str(error),
-        )
+    aim(watch, settings.detect.arl0)
     log.info(
         "assembled",
         bundle=str(bundle.path),

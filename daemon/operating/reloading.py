@@ -57,10 +57,11 @@ def reload(service: Service) -> str:
         raise NotReloadedError("nothing is changed: " + "; ".join(error.problems)) from None
     differs = _differs(service, new)
     try:
-        _put_in_force(service, change.settings)
+        worker.loop.monitor.watch.aim(new.detect.arl0)
     except ValueError as error:
         asked = new.detect.arl0
         raise NotReloadedError(f"nothing is changed: HOMEOSTAT_DETECT__ARL0={asked}: the bundle's {error}") from None
+    _put_in_force(service, change.settings)
     bundle = _begin(service, new) if differs else ""
     restart = [name for name in change.restart if not (bundle and name in WITH_BUNDLE)]
     log.info("settings read again", changed=change.live, bundle=bundle or None, needs_restart=restart)
