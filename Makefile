@@ -30,10 +30,10 @@ run: .venv/.installed
 # HOMEOSTAT_CHAOS=1 make test, as CI does.
 test: lint
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(QUICK) --ignore tests/integration --ignore tests/chaos
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) --ignore tests/integration --ignore tests/chaos
 	$(BIN)/python -m pytest -q $(QUICK) tests/integration $(if $(QUICK),,tests/chaos)
 else
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 endif
 
 lint: .venv/.installed-dev

@@ -115,6 +115,7 @@ class Service:
     def run(self, begun: Callable[[], None] = lambda: None) -> int:
         """Until stopped; returns the exit code. ``begun`` is called once a signal to stop is heeded."""
         with Signals(self.stop, self._stop.is_set, self.hands.hang_up):
+            self._turning = True
             begun()
             while not self._stop.is_set() and not self._finished():
                 self.turn()

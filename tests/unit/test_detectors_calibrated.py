@@ -16,8 +16,7 @@ from detectors.base import F64
 
 NAMES = detectors.names()
 ALARMING = [name for name in NAMES if not detectors.build(name).advisory]
-pytestmark = [pytest.mark.xdist_group("calibrated"), pytest.mark.sweep]
-"""One worker, so that each is calibrated once."""
+pytestmark = pytest.mark.sweep
 STANDARD = ["adwin", "cusum", "e_detector", "page_hinkley"]
 LEVEL, SCALE = 20.0, 3.0
 

@@ -19,8 +19,7 @@ from detectors.base import F64
 
 NAMES = ["ks", "mahalanobis", "mmd"]
 LEVEL, SCALE = np.array([20.0, -3.0, 0.0, 1e6]), np.array([3.0, 0.1, 1e-6, 1e5])
-pytestmark = [pytest.mark.xdist_group("calibrated rows"), pytest.mark.sweep]
-"""One worker, so that each is calibrated once."""
+pytestmark = pytest.mark.sweep
 
 
 def noise(seed: int, rows: int = 1000, phi: float = 0.6) -> F64:

@@ -80,7 +80,7 @@ def test_test_checks_style_and_types_before_the_tests(tree: Path, calls: Path) -
     assert done.returncode == 0, done.stderr
     install, *steps = calls.read_text().splitlines()
     assert "--editable .[dev]" in install
-    tests = "python -m pytest -q -n 2 --dist loadgroup tests/unit -k name"
+    tests = "python -m pytest -q -n 2 tests/unit -k name"
     assert steps == ["ruff check .", "ruff format --check .", "mypy ", tests]
 
 

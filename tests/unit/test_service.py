@@ -184,6 +184,5 @@ def test_it_is_ready_only_once_the_loop_turns_and_a_signal_to_stop_drains_it(tmp
     service.start()
     assert service.ready() == (False, "starting")
     seen: list[tuple[bool, str]] = []
-    service.on_batch = lambda: seen.append(service.ready())
-    assert service.run() == 0 and seen[0] == (True, "ready")
+    assert service.run(begun=lambda: seen.append(service.ready())) == 0 and seen == [(True, "ready")]
     service.close()

@@ -18,8 +18,6 @@ from daemon.records import Labels
 from daemon.shift_kind import KIND_ROWS, QUIET_ROWS, ShiftKind, ShiftTracker
 from tests.unit.worlds import FACTORY, MemoryLabels, build, decoded, source_rows, worker
 
-pytestmark = pytest.mark.xdist_group("kinds")
-"""One worker, so that the bundle is packed once."""
 SIGNALS = ("input_shift", "feature_shift", "class_shift", "entropy", "prior", "error")
 
 

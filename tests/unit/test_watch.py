@@ -18,8 +18,6 @@ from daemon.source_reference import MOST_FEATURES, make_reference
 from daemon.watch import CLASS_GROUPS, class_index
 from tests.unit.worlds import FACTORY, build, decoded, settings, source_rows, worker
 
-pytestmark = pytest.mark.xdist_group("watch")
-"""One worker, so that the bundle is packed once."""
 CUSUM_ONLY = "HOMEOSTAT_DETECT=ddm: the bundle is not calibrated for it: pack it with the same setting, or use cusum"
 
 
