@@ -22,8 +22,8 @@ from daemon.watch import REPORTED
 
 log = structlog.get_logger("homeostat.regulator")
 
-WAYS_ROWS = 64
-"""Rows at the least between two log lines on what answers."""
+WAYS_ROWS, MOST_WAYS_ROWS = 64, 2**18
+"""Rows at the least between two log lines on what answers: twice as many after each line that came soon."""
 
 
 class Actions:
@@ -46,7 +46,7 @@ class Actions:
         self.limits = limits
         self._state = State.STEADY
         self._ways: tuple[str, ...] = ()
-        self._since_ways = WAYS_ROWS
+        self._since_ways = self._ways_gap = WAYS_ROWS
         self.trip: str | None = None
         """The guard's reason, for the next reading."""
         self.version_harm = False
@@ -171,9 +171,10 @@ class Actions:
                 self._telemetry.answered[name].inc(count)
             ways = tuple(name for bit, name in enumerate(names) if (by >> bit & 1).mean() > 0.5)
         self._since_ways += rows
-        if ways != self._ways and self._since_ways >= WAYS_ROWS and self.decides:
+        if ways != self._ways and self._since_ways >= self._ways_gap and self.decides:
             log.info("answered by", ways=list(ways) or ["model"], before=list(self._ways) or ["model"])
-            self._ways, self._since_ways = ways, 0
+            gap = 2 * self._ways_gap if self._since_ways < 8 * self._ways_gap else WAYS_ROWS
+            self._ways, self._since_ways, self._ways_gap = ways, 0, min(gap, MOST_WAYS_ROWS)
 
     def weigh(self) -> None:
         """What the evidence says of the layers: serve the fast one, take it away, withdraw a version."""
@@ -274,9 +275,8 @@ class Actions:
         }
 
     def _report_alarms(self, reading: Reading) -> None:
-        watch = self.monitor.watch
+        watch, steady = self.monitor.watch, self._state is State.STEADY
         kind = watch.judge(self.monitor.stream_deviations)
-        steady = self._state is State.STEADY
         for name in (each for each in watch.alarms if steady or each in REPORTED):
             # A risk that stays high is no shift of its own: it counts for the one at hand.
             kind_now = ShiftKind.CONCEPT if watch.shift.kind is ShiftKind.NONE else watch.shift.kind

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,24 @@ def test_what_answers_is_logged_once_a_change(tmp_path: Path) -> None:
         feed(run, 30, off)
     told = [(line["before"], line["ways"]) for line in lines if line["event"] == "answered by"]
     assert told == [(["model"], ["aligned"])]
+
+
+def test_what_answers_to_and_fro_is_logged_ever_more_rarely_until_it_rests(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    actions, rows = run.loop.actions, 64
+    both = [SimpleNamespace(version=np.zeros(rows), changed_by=None, way=way, served_adapted=True) for way in "ab"]
+
+    def lines(batches: int) -> int:
+        with capture_logs() as found:
+            for batch in range(batches):
+                actions.answered(both[batch % 2])  # type: ignore[arg-type]
+        return len([line for line in found if line["event"] == "answered by"])
+
+    actions._telemetry.answered = defaultdict(lambda: run.telemetry.records_in)  # type: ignore[assignment]
+    assert 8 <= lines(1_000) <= 12, "about the logarithm of the rows"
+    for _ in range(8_000):
+        actions.answered(both[1])  # type: ignore[arg-type]
+    assert lines(4) >= 1
 
 
 def test_another_adapter_s_rows_are_counted_as_adapted_or_the_model_s(tmp_path: Path) -> None:
