@@ -12,7 +12,7 @@ BIN := .venv/bin
 # --python: else uv fills whichever environment happens to be activated.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 
-# Where this is set, as on some build machines, every process would compile torch anew: 4 s of each start.
+# Where this is set, as on some build machines, every process would compile all of torch anew.
 export PYTHONDONTWRITEBYTECODE :=
 
 QUICK := $(if $(filter 1,$(HOMEOSTAT_CHAOS)),,-m "not slow")

@@ -29,7 +29,8 @@ def aim(watch: Watch, arl0: float | None) -> None:
 
 def limit(loop: Loop, settings: Settings, before: Settings) -> None:
     """Put those of ``settings`` in force from the next batch on; ``before`` are what the loop has been made with."""
-    aim(loop.monitor.watch, settings.detect.arl0)
+    if settings.detect.arl0 != before.detect.arl0:
+        aim(loop.monitor.watch, settings.detect.arl0)
     # Without labels the slow loop was switched off at the start, whatever the settings say.
     never = before.regulator.slow_enabled and not loop.regulator.limits.slow_enabled
     limits = replace(settings.regulator, slow_enabled=False) if never else settings.regulator

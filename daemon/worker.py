@@ -36,7 +36,7 @@ class Worker:
     tracing: Untraced = field(default_factory=Untraced)
     """Where its spans go."""
 
-    # Asked in every turn, and such a check of a protocol costs 30 µs: it is made once.
+    # Asked in every turn, and such a check of a protocol walks through all its names: it is made once.
 
     @cached_property
     def shared(self) -> SharedSource | None:

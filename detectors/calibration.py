@@ -79,7 +79,7 @@ class Calibration:
         """The same for another mean time between false alarms, by the measured slope of the threshold.
 
         A calibration for that time would give about the same threshold, the more so the smaller the change: where log
-        ARL0 is not linear in the threshold, as at the low end of page_hinkley and adwin, it may be half of it.
+        ARL0 is not linear in the threshold, as at the low end of page_hinkley and adwin, it is far off.
 
         Raises:
             ValueError: the slope was not measured, or it leads below a threshold of 0.

@@ -56,11 +56,12 @@ def reload(service: Service) -> str:
     except SettingsError as error:
         raise NotReloadedError("nothing is changed: " + "; ".join(error.problems)) from None
     differs = _differs(service, new)
-    try:
-        worker.loop.monitor.watch.aim(new.detect.arl0)
-    except ValueError as error:
-        asked = new.detect.arl0
-        raise NotReloadedError(f"nothing is changed: HOMEOSTAT_DETECT__ARL0={asked}: the bundle's {error}") from None
+    # Unchanged, it was refused or not at the start: no reason to refuse all else now.
+    if (arl0 := new.detect.arl0) != worker.settings.detect.arl0:
+        try:
+            worker.loop.monitor.watch.aim(arl0)
+        except ValueError as error:
+            raise NotReloadedError(f"nothing is changed: HOMEOSTAT_DETECT__ARL0={arl0}: the bundle's {error}") from None
     _put_in_force(service, change.settings)
     bundle = _begin(service, new) if differs else ""
     restart = [name for name in change.restart if not (bundle and name in WITH_BUNDLE)]

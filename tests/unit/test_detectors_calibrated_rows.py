@@ -44,6 +44,19 @@ def assert_same(left: Calibrated, right: Calibrated) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_another_rate_of_false_alarms_keeps_the_evidence(name: str) -> None:
+    watch, as_before = ready(name), ready(name)
+    for one in (watch, as_before):
+        one.update_many(noise(3, 130))
+    watch.retarget(8 * as_before.arl0)
+    assert watch.threshold > as_before.threshold and watch.statistic == as_before.statistic
+    other = ready(name)
+    other.load_state_dict(watch.state_dict())
+    assert other.update_many(noise(4, 90)) == watch.update_many(noise(4, 90))
+    assert other.statistic == watch.statistic
+
+
+@pytest.mark.parametrize("name", NAMES)
 class TestRows:
     def test_a_shift_is_noticed_in_the_columns_own_units(self, name: str) -> None:
         watch = ready(name)

@@ -129,6 +129,13 @@ def test_another_rate_of_false_alarms_holds_at_once_and_one_that_can_not_be_had_
     assert [made.threshold for made in watch.detectors.values()] == pytest.approx(calibrated)
 
 
+def test_a_rate_that_could_not_be_had_at_the_start_is_no_reason_to_refuse_the_rest(service: Service) -> None:
+    run = service.worker
+    run.settings = run.settings.model_copy(update={"detect": run.settings.detect.model_copy(update={"arl0": 100.0})})
+    told = again(service, "HOMEOSTAT_DETECT__ARL0=100", "HOMEOSTAT_SHED=3")
+    assert told.startswith("changed: HOMEOSTAT_SHED=3.0 (was unset)") and run.settings.shed == 3
+
+
 def test_a_wrong_setting_changes_nothing_and_is_told_with_its_line(service: Service) -> None:
     before = service.worker.settings
     with pytest.raises(NotReloadedError, match=r"nothing is changed: HOMEOSTAT_SLOW__ALPHA=7: .*line 2\)"):
